@@ -1,0 +1,258 @@
+"""Settings: frozen dataclasses, validated once, built from `ml_collections` configs."""
+
+import dataclasses
+import math
+import types
+import typing
+from typing import Any, Literal, TypeVar
+
+import ml_collections
+
+from batchjax.types import SamplingParams
+
+T = TypeVar("T")
+
+
+class ConfigError(ValueError):
+  """A setting is unknown, of the wrong type or out of range; the message names it."""
+
+
+def _require(holds: bool, message: str) -> None:
+  if not holds:
+    raise ConfigError(message)
+
+
+@dataclasses.dataclass(frozen=True)
+class RopeScaling:
+  """How rotary frequencies stretch past the trained context.
+
+  `llama3` keeps high frequencies, divides low ones by `factor` and blends
+  between (Llama 3.1, `rope_type: llama3`); `linear` divides all by `factor`.
+  """
+
+  kind: Literal["llama3", "linear"]
+  factor: float
+  low_freq_factor: float = 1.0
+  high_freq_factor: float = 4.0
+  original_max_len: int = 8192
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelConfig:
+  """A decoder-only transformer; families differ only in these fields.
+
+  Attributes:
+    family: which name map loads its weights ("llama", "mistral", "qwen2", ...).
+    layer_kinds: "global" or "local" (sliding window) for each layer.
+    sliding_window: a local layer's token sees itself and the window-1 tokens before.
+    rope_local_theta: rope base of local layers, where it differs (Gemma 3).
+    norm_plus_one: RMSNorm multiplies by 1 + weight (Gemma).
+    post_norms: norms after attention and feed-forward too (Gemma 2 and 3).
+    embed_scale: multiplies token embeddings (Gemma: sqrt of hidden_size).
+    query_scale: multiplies q before the dot product; None is head_dim ** -0.5.
+    eos_token_ids: tokens that end a sample unless `ignore_eos`.
+    dtype: of parameters, activations and KV: "float32", "bfloat16" or "float16".
+  """
+
+  family: str
+  vocab_size: int
+  hidden_size: int
+  ffn_size: int
+  num_layers: int
+  num_heads: int
+  num_kv_heads: int
+  head_dim: int
+  max_len: int
+  norm_eps: float = 1e-5
+  rope_theta: float = 10_000.0
+  rope_local_theta: float | None = None
+  rope_scaling: RopeScaling | None = None
+  tie_embeddings: bool = False
+  activation: Literal["silu", "gelu_tanh"] = "silu"
+  qkv_bias: bool = False
+  qk_norm: bool = False
+  post_norms: bool = False
+  norm_plus_one: bool = False
+  embed_scale: float = 1.0
+  query_scale: float | None = None
+  attn_soft_cap: float | None = None
+  final_soft_cap: float | None = None
+  sliding_window: int | None = None
+  layer_kinds: tuple[str, ...] = ()
+  bos_token_id: int | None = None
+  eos_token_ids: tuple[int, ...] = ()
+  dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+
+  def __post_init__(self):
+    if not self.layer_kinds:
+      object.__setattr__(self, "layer_kinds", ("global",) * self.num_layers)
+    for name in ("vocab_size", "hidden_size", "ffn_size", "num_layers", "num_heads",
+                 "num_kv_heads", "head_dim", "max_len"):
+      _require(getattr(self, name) > 0, f"model.{name} must be positive, got {getattr(self, name)}")
+    _require(self.num_heads % self.num_kv_heads == 0,
+             f"model.num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
+    _require(len(self.layer_kinds) == self.num_layers and set(self.layer_kinds) <= {"global", "local"},
+             "model.layer_kinds needs 'global' or 'local' for each of num_layers layers")
+    _require("local" not in self.layer_kinds or bool(self.sliding_window),
+             "model.sliding_window must be set when a layer is local")
+
+  @property
+  def kv_bytes_per_token(self) -> int:
+    """Bytes of KV that one token keeps over all layers."""
+    itemsize = 4 if self.dtype == "float32" else 2
+    return self.num_layers * 2 * self.num_kv_heads * self.head_dim * itemsize
+
+  @property
+  def num_params(self) -> int:
+    """Parameters, norms left out."""
+    attn = self.hidden_size * self.head_dim * (2 * self.num_heads + 2 * self.num_kv_heads)
+    per_layer = attn + 3 * self.hidden_size * self.ffn_size
+    embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
+    return self.num_layers * per_layer + embeddings
+
+
+@dataclasses.dataclass(frozen=True)
+class EngineConfig:
+  """How the engine runs a job.
+
+  Attributes:
+    max_rows: most samples decoded at once.
+    max_step_tokens: most tokens of a mixed step.
+    page_size: tokens of a KV page.
+    num_pages: pages of the KV pool; 0 takes `kv_memory_bytes`.
+    kv_memory_bytes: bytes of the KV pool when `num_pages` is 0.
+    max_decode_steps: most iterations of one decode loop.
+    lookahead: dispatches in flight before the oldest one's results are read.
+    max_levels: most shared tree levels above a row's own KV.
+    share_prefixes: False computes and stores every prompt by itself.
+    max_buckets: most compiled shapes of mixed steps, and of decode loops.
+    compile_secs: what one more compiled shape is taken to cost.
+    plan_window: requests planned at a time; bounds host memory.
+    attention: implementation of shared_prefix_attention; None picks by device.
+    compilation_cache_dir: persistent compile cache; "" turns it off.
+  """
+
+  max_rows: int = 64
+  max_step_tokens: int = 1024
+  page_size: int = 16
+  num_pages: int = 0
+  kv_memory_bytes: int = 1 << 30
+  max_decode_steps: int = 16
+  lookahead: int = 2
+  max_levels: int = 4
+  share_prefixes: bool = True
+  max_buckets: int = 4
+  compile_secs: float = 5.0
+  plan_window: int = 100_000
+  attention: str | None = None
+  compilation_cache_dir: str = "~/.cache/batchjax"
+
+  def __post_init__(self):
+    for name in ("max_rows", "max_step_tokens", "page_size", "max_decode_steps", "max_buckets",
+                 "plan_window", "max_levels"):
+      _require(getattr(self, name) > 0, f"engine.{name} must be positive, got {getattr(self, name)}")
+    _require(self.lookahead >= 0, f"engine.lookahead must be at least 0, got {self.lookahead}")
+    _require(self.max_step_tokens >= self.max_rows,
+             f"engine.max_step_tokens={self.max_step_tokens} must be at least max_rows={self.max_rows}: "
+             "a mixed step holds one token of every running row")
+    _require(self.page_size & (self.page_size - 1) == 0,
+             f"engine.page_size={self.page_size} must be a power of two")
+    _require(self.num_pages > 0 or self.kv_memory_bytes > 0,
+             "set engine.num_pages or engine.kv_memory_bytes")
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSource:
+  """Where a model comes from.
+
+  Attributes:
+    path: a Hugging Face folder, a .gguf file or an Orbax checkpoint; "" with `random`.
+    format: "auto" looks at the path.
+    shape: name of a known shape for format "random" (`batchjax.models.SHAPES`).
+    seed: of random weights.
+    name: what requests call it in their `model` field; "" accepts any name.
+    dtype: parameters, activations and KV are held in this type.
+    tokenizer: path of the tokenizer where it is not beside the weights.
+  """
+
+  path: str = ""
+  format: Literal["auto", "hf", "gguf", "orbax", "random"] = "auto"
+  shape: str = ""
+  seed: int = 0
+  name: str = ""
+  dtype: Literal["float32", "bfloat16", "float16"] = "float32"
+  tokenizer: str = ""
+
+  def __post_init__(self):
+    if self.format == "random":
+      _require(bool(self.shape), "model.format='random' needs model.shape")
+    else:
+      _require(bool(self.path), "model.path is empty: name a Hugging Face folder, a .gguf file "
+               "or an Orbax checkpoint, or set model.format='random' and model.shape")
+
+
+@dataclasses.dataclass(frozen=True)
+class JobConfig:
+  """One job: a model, how to run it, and what rows mean that leave settings out.
+
+  Attributes:
+    model: where the model comes from.
+    engine: how it runs.
+    sampling: defaults of sampling parameters that a row does not name.
+    chat_template: path of a jinja2 template that replaces the model's own; "" keeps that.
+    strict: one bad row stops the job before it starts.
+    seed: folded with the request id where a row gives no seed.
+  """
+
+  model: ModelSource
+  engine: EngineConfig = EngineConfig()
+  sampling: SamplingParams = SamplingParams()
+  chat_template: str = ""
+  strict: bool = False
+  seed: int = 0
+
+
+def to_config_dict(config: Any) -> ml_collections.ConfigDict:
+  """The dataclass as a ConfigDict whose fields absl flags can override."""
+  return ml_collections.ConfigDict(dataclasses.asdict(config), sort_keys=False,
+                                   convert_dict=True)
+
+
+def from_config_dict(cls: type[T], values: Any, where: str = "config") -> T:
+  """Builds the frozen dataclass `cls`, recursively, from a ConfigDict or dict.
+
+  Raises:
+    ConfigError: a field is unknown, missing, of the wrong type or out of range.
+  """
+  known = {f.name: f for f in dataclasses.fields(cls)}
+  hints = typing.get_type_hints(cls)
+  unknown = sorted(set(values) - set(known))
+  _require(not unknown, f"{where} has unknown fields {unknown}; known: {sorted(known)}")
+  missing = sorted(name for name, f in known.items() if name not in values
+                   and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING)
+  _require(not missing, f"{where} lacks {missing}")
+  return cls(**{name: _convert(hints[name], values[name], f"{where}.{name}") for name in values})
+
+
+def _convert(hint: Any, value: Any, where: str) -> Any:
+  origin, args = typing.get_origin(hint), typing.get_args(hint)
+  if origin in (typing.Union, types.UnionType):
+    if value is None:
+      _require(type(None) in args, f"{where} may not be None")
+      return None
+    return _convert(next(a for a in args if a is not type(None)), value, where)
+  if origin is Literal:
+    _require(value in args, f"{where} must be one of {list(args)}, got {value!r}")
+    return value
+  if dataclasses.is_dataclass(hint):
+    return from_config_dict(hint, value, where)
+  if origin is tuple:
+    _require(isinstance(value, (list, tuple)), f"{where} must be a list, got {value!r}")
+    kinds = [args[0]] * len(value) if args[-1] is Ellipsis else args
+    _require(len(kinds) == len(value), f"{where} must have {len(kinds)} entries, got {value!r}")
+    return tuple(_convert(kind, v, f"{where}[{i}]") for i, (kind, v) in enumerate(zip(kinds, value)))
+  if hint is float and isinstance(value, int) and not isinstance(value, bool):
+    value = float(value)
+  _require(type(value) is hint, f"{where} must be {hint.__name__}, got {value!r}")
+  _require(hint is not float or math.isfinite(value), f"{where} must be finite, got {value!r}")
+  return value

@@ -1,0 +1,378 @@
+"""Logits to tokens on the device: adjusted, truncated, drawn, and checked for the end.
+
+Every row is computed by itself, bit for bit: maxima and counts do not depend
+on the order of evaluation, sums are written out in a fixed order, and random
+bits come from the row's own (seed, sample index, position). A row's text
+therefore depends on neither its neighbours nor the shape of the step.
+"""
+
+import functools
+import itertools
+import operator
+from collections.abc import Callable
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jaxtyping import Array, Bool, Float, Int
+
+from batchjax.engine.sampling_inputs import SamplingFeatures
+from batchjax.types import SamplingInputs
+
+# Sums over the vocabulary are trees of this fan-out.
+_FAN_OUT = 16
+# exp(-60) leaves room above the smallest normal float32, where products round to normal numbers.
+_MIN_EXPONENT = -60.0
+# The reciprocals of smaller numbers overflow; rows this cold are greedy but for exact ties.
+_MIN_TEMPERATURE = 1e-30
+# Up to here the k-th largest weight comes from lax.top_k, above from a search over its bits.
+_MAX_SELECT = 1024
+
+
+@flax.struct.dataclass
+class PenaltyState:
+  """What the penalties must know of each slot; None in its place when no row has penalties.
+
+  Attributes:
+    output_counts: times each token was generated.
+    prompt_seen: the token occurs in the prompt.
+  """
+
+  output_counts: Int[Array, "rows V"]
+  prompt_seen: Bool[Array, "rows V"]
+
+  @classmethod
+  def create(cls, max_rows: int, vocab_size: int, features: SamplingFeatures
+             ) -> "PenaltyState | None":
+    """Empty slots, or None when the job has no penalties."""
+    if not features.penalties:
+      return None
+    return cls(output_counts=jnp.zeros((max_rows, vocab_size), jnp.int32),
+               prompt_seen=jnp.zeros((max_rows, vocab_size), bool))
+
+
+def admit(state: PenaltyState, slot: Int[Array, ""], prompt_tokens: Int[Array, "P"],
+          output_tokens: Int[Array, "O"]) -> PenaltyState:
+  """Starts `slot` over with a row's prompt and what it had generated before a preemption.
+
+  Args:
+    slot: -1 changes nothing.
+    prompt_tokens, output_tokens: padded with -1.
+  """
+  max_rows, vocab_size = state.output_counts.shape
+  counts = jnp.zeros(vocab_size, jnp.int32).at[_drop_null(output_tokens, vocab_size)].add(
+    1, mode="drop")
+  seen = jnp.zeros(vocab_size, bool).at[_drop_null(prompt_tokens, vocab_size)].set(
+    True, mode="drop")
+  slot = _drop_null(slot, max_rows)
+  return PenaltyState(output_counts=state.output_counts.at[slot].set(counts, mode="drop"),
+                      prompt_seen=state.prompt_seen.at[slot].set(seen, mode="drop"))
+
+
+def count(state: PenaltyState, slots: Int[Array, "R"], tokens: Int[Array, "R"]) -> PenaltyState:
+  """Counts one generated token per row; -1 in `slots` or `tokens` counts nothing."""
+  max_rows, vocab_size = state.output_counts.shape
+  where = (_drop_null(slots, max_rows), _drop_null(tokens, vocab_size))
+  return state.replace(output_counts=state.output_counts.at[where].add(1, mode="drop"))
+
+
+def sample(logits: Float[Array, "R V"], inputs: SamplingInputs, positions: Int[Array, "R"],
+           num_generated: Int[Array, "R"], features: SamplingFeatures,
+           penalties: PenaltyState | None = None, slots: Int[Array, "R"] | None = None
+           ) -> Int[Array, "R"]:
+  """The next token of each row.
+
+  In this order, which is that of vLLM and Hugging Face:
+    1. `logit_bias` is added;
+    2. `repetition_penalty` over tokens of prompt and output (CTRL, section 4.1);
+    3. `frequency_penalty` and `presence_penalty` over tokens of the output;
+    4. stop tokens are masked until the row has `min_tokens` tokens;
+    5. temperature; 0 takes the most likely token, the lowest id among equals;
+    6. `min_p`, then `top_k`, then `top_p` of what these two left;
+    7. a draw keyed by (seed, sample index, position).
+  Truncation keeps all tokens that tie in probability with the last one kept.
+  NaN logits count as impossible; when every token is impossible, all are equal.
+  Tokens e**-60 times as likely as the most likely one are never drawn.
+
+  Args:
+    logits: of the model; softcaps are the model's matter.
+    positions: absolute position that the new token will have.
+    num_generated: tokens the row generated before this one.
+    features: what the job uses (static).
+    penalties: needed where `features.penalties`.
+    slots: each row's slot in `penalties`; -1 is unused.
+
+  Raises:
+    ValueError: the penalty state is missing.
+  """
+  logits = _adjust(logits.astype(jnp.float32), inputs, num_generated, features, penalties, slots)
+  if features.greedy_only:
+    return _argmax(logits)
+  tokens = _draw(logits, inputs, positions, features)
+  if not features.any_greedy:
+    return tokens
+  return jnp.where(inputs.temperature == 0, _argmax(logits), tokens)
+
+
+def finish_reasons(tokens: Int[Array, "R"], num_generated: Int[Array, "R"],
+                   inputs: SamplingInputs, stop_states: Int[Array, "R"] | None
+                   ) -> Int[Array, "R"]:
+  """Why each row ends with its new token: i8, 0 goes on, 1 stop token, 2 stop string, 3 length.
+
+  Where several hold, the lower number is the reason. A row ends at a stop
+  token or string only with more than `min_tokens` tokens: strings completed
+  earlier are ignored, and matching starts afresh behind them.
+
+  Args:
+    num_generated: tokens of the row, this one included.
+    stop_states: from `advance_stop`; None when the job has no stop strings.
+  """
+  may_stop = num_generated > inputs.min_tokens
+  is_stop_token = (inputs.stop_ids == tokens[:, None]).any(axis=1) & (tokens >= 0) & may_stop
+  reasons = jnp.where(num_generated >= inputs.max_tokens, 3, 0)
+  if stop_states is not None:
+    reasons = jnp.where((stop_states < 0) & may_stop, 2, reasons)
+  return jnp.where(is_stop_token, 1, reasons).astype(jnp.int8)
+
+
+def advance_stop(transitions: Int[Array, "U states V"], automaton: Int[Array, "R"],
+                 states: Int[Array, "R"], tokens: Int[Array, "R"]) -> Int[Array, "R"]:
+  """The automaton state of each row behind its new token; -1 says a stop string is complete.
+
+  Rows without an automaton stay at 0, rows without a token (-1) where they
+  are. A row that went on at -1 (see `finish_reasons`) starts afresh.
+  """
+  moved = transitions[jnp.maximum(automaton, 0), jnp.maximum(states, 0), jnp.maximum(tokens, 0)]
+  moved = jnp.where(tokens < 0, states, moved.astype(jnp.int32))
+  return jnp.where(automaton < 0, 0, moved)
+
+
+def token_logprobs(logits: Float[Array, "R V"], tokens: Int[Array, "R"], num_top: int
+                   ) -> tuple[Float[Array, "R"], Array | None, Array | None]:
+  """Log-probabilities under the model's own distribution: unmodified logits, temperature 1.
+
+  Args:
+    tokens: -1 gives NaN.
+    num_top: how many most likely alternatives to return.
+
+  Returns:
+    The log-probability of each token, and ids i32[R, num_top] and
+    log-probabilities f32[R, num_top] of the most likely ones, the lowest id
+    first among equals; both None if `num_top` is 0.
+  """
+  logits = _finite(logits.astype(jnp.float32))
+  highest = logits.max(axis=1)
+  weights = lax.optimization_barrier(_split(jnp.exp(logits - highest[:, None])))
+  _, total = _sum_tree(weights, jnp.zeros_like(highest))
+  log_normalizer = highest + jnp.log(total)
+  chosen = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[:, None], axis=1)[:, 0]
+  chosen = jnp.where(tokens < 0, jnp.nan, chosen - log_normalizer)
+  if not num_top:
+    return chosen, None, None
+  top_logits, top_ids = lax.top_k(logits, num_top)
+  return chosen, top_ids, top_logits - log_normalizer[:, None]
+
+
+def prompt_logprobs(hidden: Float[Array, "T D"], next_tokens: Int[Array, "T"],
+                    logits_fn: Callable[[Array], Array], block_len: int, num_top: int
+                    ) -> tuple[Float[Array, "T"], Array | None, Array | None]:
+  """`token_logprobs` of each token's successor, `block_len` tokens at a time.
+
+  Blocks run one after the other, so logits of only one are ever held.
+
+  Args:
+    hidden: the final hidden states.
+    next_tokens: the successor of each token in its prompt; -1 gives NaN.
+    logits_fn: maps f[n, D] to f[n, V].
+  """
+  num_tokens = len(next_tokens)
+  num_blocks = -(-num_tokens // block_len)
+  padding = num_blocks * block_len - num_tokens
+  hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(num_blocks, block_len, -1)
+  next_tokens = jnp.pad(next_tokens, (0, padding), constant_values=-1).reshape(num_blocks, -1)
+  out = lax.map(lambda block: token_logprobs(logits_fn(block[0]), block[1], num_top),
+                (hidden, next_tokens))
+  return jax.tree.map(
+    lambda x: x.reshape(num_blocks * block_len, *x.shape[2:])[:num_tokens], out)
+
+
+def _drop_null(indices: Array, size: int) -> Array:
+  """Moves -1, which would count from the end, past the end, where scatters drop it."""
+  return jnp.where(indices < 0, size, indices)
+
+
+def _finite(logits: Array) -> Array:
+  limit = float(jnp.finfo(jnp.float32).max)
+  return jnp.nan_to_num(logits, nan=-limit, posinf=limit, neginf=-limit)
+
+
+def _argmax(logits: Array) -> Array:
+  """The id of each row's largest logit, the lowest among equals.
+
+  Column by column first: reductions of (value, index) pairs, as in jnp.argmax,
+  or of integers along rows take several times as long on CPUs.
+  """
+  columns = _split(logits, -jnp.inf)
+  highest = columns[:, 0]
+  ids = jnp.zeros(highest.shape, jnp.int32)
+  for i in range(1, columns.shape[1]):
+    is_higher = columns[:, i] > highest
+    highest = jnp.where(is_higher, columns[:, i], highest)
+    ids = jnp.where(is_higher, i, ids)
+  ids = ids * columns.shape[2] + lax.broadcasted_iota(jnp.int32, ids.shape, 1)
+  return jnp.where(highest == highest.max(axis=1, keepdims=True), ids, logits.shape[1]).min(axis=1)
+
+
+def _adjust(logits: Array, inputs: SamplingInputs, num_generated: Array,
+            features: SamplingFeatures, penalties: PenaltyState | None,
+            slots: Array | None) -> Array:
+  """Steps 1 to 4 of `sample`; the result is finite."""
+  num_rows, vocab_size = logits.shape
+  rows = jnp.arange(num_rows)[:, None]
+  if features.num_bias:
+    ids = _drop_null(inputs.bias_ids, vocab_size)
+    logits = logits.at[rows, ids].add(inputs.bias_values, mode="drop")
+  if features.penalties:
+    if penalties is None or slots is None:
+      raise ValueError("features.penalties needs the penalty state and the slots of its rows")
+    counts = penalties.output_counts[jnp.maximum(slots, 0)]
+    in_output = counts > 0
+    seen = in_output | penalties.prompt_seen[jnp.maximum(slots, 0)]
+    repetition = jnp.where(seen, inputs.repetition_penalty[:, None], 1.0)
+    logits = jnp.where(logits > 0, logits / repetition, logits * repetition)
+    logits -= counts * inputs.frequency_penalty[:, None]
+    logits -= in_output * inputs.presence_penalty[:, None]
+  if features.min_tokens and features.num_stop_ids:
+    too_short = (num_generated < inputs.min_tokens)[:, None]
+    ids = _drop_null(jnp.where(too_short, inputs.stop_ids, -1), vocab_size)
+    logits = logits.at[rows, ids].set(-jnp.inf, mode="drop")
+  return lax.optimization_barrier(_finite(logits))
+
+
+def _draw(logits: Array, inputs: SamplingInputs, positions: Array,
+          features: SamplingFeatures) -> Array:
+  """Steps 5 to 7 of `sample`.
+
+  The nucleus is never computed. A token is drawn from all that are left, and
+  it lies in the nucleus if the tokens more likely than it have less than
+  top_p of the mass. If not, neither it nor any less likely one does: they are
+  struck out and the draw is repeated. That is rejection sampling, so what it
+  accepts is distributed as the nucleus exactly. The pass over the vocabulary
+  that tests a token also sums the mass for its successor, and few are needed.
+  """
+  temperature = jnp.maximum(inputs.temperature, _MIN_TEMPERATURE)
+  exponents = (logits - logits.max(axis=1, keepdims=True)) / temperature[:, None]
+  weights = jnp.where(exponents < _MIN_EXPONENT, 0.0, jnp.exp(exponents))
+  weights = lax.optimization_barrier(_split(weights))
+  lowest = jnp.zeros_like(temperature)
+  if features.min_p:
+    lowest = inputs.min_p
+  if features.max_top_k:
+    kth = _kth_largest(weights, inputs.top_k, features.max_top_k)
+    lowest = jnp.maximum(lowest, jnp.where(inputs.top_k > 0, kth, 0.0))
+
+  row_keys = jax.vmap(_row_key)(inputs.seed, inputs.sample_index, positions)
+  tree, mass = _sum_tree(weights, lowest)
+  tokens = _descend(tree, lowest, row_keys, 0)
+  if not features.top_p:
+    return tokens
+  nucleus_mass = inputs.top_p * mass
+  always = inputs.top_p >= 1
+
+  def propose_again(carry):
+    attempt, tokens, _ = carry
+    above = _next_up(_leaf(weights, tokens))
+    tree, mass_above = _sum_tree(weights, above)
+    accepted = (mass_above < nucleus_mass) | (mass_above == 0) | always
+    again = _descend(tree, above, row_keys, attempt)
+    return attempt + 1, jnp.where(accepted, tokens, again), accepted
+
+  _, tokens, _ = lax.while_loop(lambda carry: ~carry[2].all(), propose_again, (1, tokens, always))
+  return tokens
+
+
+def _row_key(seed: Array, sample_index: Array, position: Array) -> Array:
+  key = jax.random.key(seed, impl="threefry2x32")
+  return jax.random.fold_in(jax.random.fold_in(key, sample_index), position)
+
+
+def _next_up(x: Array) -> Array:
+  """The next larger float32 of x >= 0."""
+  return lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) + 1, jnp.float32)
+
+
+def _kth_largest(weights: Array, k: Array, max_k: int) -> Array:
+  """The k-th largest of each row's weights f32[R, fan, C], each in [0, 1]."""
+  num_rows, fan, num_columns = weights.shape
+  k = jnp.clip(k, 1, fan * num_columns)[:, None]
+  if max_k <= _MAX_SELECT:
+    # All weights above the k-th largest lie in the k columns with the largest maxima.
+    _, columns = lax.top_k(weights.max(axis=1), min(max_k, num_columns))
+    best = jnp.take_along_axis(weights, columns[:, None], axis=2).reshape(num_rows, -1)
+    best, _ = lax.top_k(best, min(max_k, best.shape[1]))
+    return jnp.take_along_axis(best, k - 1, axis=1)[:, 0]
+  # Floats that are not negative order as their bits; the highest bits of 0 to 1 are zero.
+  bits = lax.bitcast_convert_type(weights, jnp.int32)
+
+  def decide_bit(i, kth):
+    candidate = kth | (1 << (29 - i))
+    # Counts below 2**24 are exact in float32, whose sums CPUs vectorise better.
+    num_above = (bits >= candidate[:, :, None]).astype(jnp.float32).sum(axis=(1, 2))
+    enough = num_above[:, None] >= k
+    return jnp.where(enough, candidate, kth)
+
+  kth = lax.fori_loop(0, 30, decide_bit, jnp.zeros((num_rows, 1), jnp.int32))
+  return lax.bitcast_convert_type(kth[:, 0], jnp.float32)
+
+
+def _split(x: Array, fill: float = 0.0) -> Array:
+  """f32[R, N] as [R, fan, C], `fill` at the end; element n lies in column n % C."""
+  num_rows, size = x.shape
+  fan = min(size, _FAN_OUT)
+  num_columns = -(-size // fan)
+  x = jnp.pad(x, ((0, 0), (0, fan * num_columns - size)), constant_values=fill)
+  return x.reshape(num_rows, fan, num_columns)
+
+
+def _sum_tree(weights: Array, lowest: Array) -> tuple[list[Array], Array]:
+  """A tree of sums of the weights f32[R, fan, C] that are at least `lowest`, and their total.
+
+  Level 0 is all weights, the last one the root's children. Entry c of a
+  level, before it is split, sums column c of the level below, written out
+  term by term: an order that no compiler changes.
+  """
+  levels = [weights]
+  kept = jnp.where(weights >= lowest[:, None, None], weights, 0.0)
+  while True:
+    sums = functools.reduce(operator.add, (kept[:, i] for i in range(kept.shape[1])))
+    if sums.shape[1] == 1:
+      return levels, sums[:, 0]
+    kept = _split(sums)
+    levels.append(kept)
+
+
+def _descend(tree: list[Array], lowest: Array, row_keys: Array, attempt: int | Array) -> Array:
+  """Draws a leaf in proportion to its weight, one uniform number per level from the root.
+
+  Inverse transform sampling at each node: child i is taken where the running
+  sum first exceeds u * total. As u < 1, it does so at a child above zero.
+  """
+  uniform = jax.vmap(
+    lambda key: jax.random.uniform(jax.random.fold_in(key, attempt), (len(tree),)))(row_keys)
+  node = jnp.zeros(len(row_keys), jnp.int32)
+  for i, level in enumerate(reversed(tree)):
+    children = jnp.take_along_axis(level, node[:, None, None], axis=2)[:, :, 0]
+    if level is tree[0]:
+      children = jnp.where(children >= lowest[:, None], children, 0.0)
+    sums = jnp.stack(list(itertools.accumulate(children.T)), axis=1)
+    target = uniform[:, i] * sums[:, -1]
+    child = (sums[:, :-1] <= target[:, None]).sum(axis=1, dtype=jnp.int32)
+    node = child * level.shape[2] + node
+  return node
+
+
+def _leaf(weights: Array, tokens: Array) -> Array:
+  """f32[R], the weight of one token per row."""
+  num_rows, _, num_columns = weights.shape
+  return weights[jnp.arange(num_rows), tokens // num_columns, tokens % num_columns]

@@ -1,0 +1,167 @@
+"""The compiled steps: one mixed step, or a loop of decode steps, on the device."""
+
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Bool, Int
+
+from batchjax.cache.kv_state import KVState
+from batchjax.engine import sampling
+from batchjax.engine.sampling_inputs import SamplingFeatures
+from batchjax.types import StepInputs, StepOutputs
+
+# Prompt log-probabilities hold the logits of this many tokens at a time.
+_LOGITS_BLOCK = 128
+
+
+@flax.struct.dataclass
+class EngineState:
+  """What lives on the device between steps; donated to every step.
+
+  Attributes:
+    kv: the page pool.
+    last_tokens: i32[slots], the token each slot's row drew last.
+    done: bool[slots], the row has finished; its steps still in flight change nothing.
+    stop_states: i32[slots], state of the row's stop automaton.
+    penalties: token counts, None when the job has no penalties.
+  """
+
+  kv: KVState
+  last_tokens: Int[Array, "slots"]
+  done: Bool[Array, "slots"]
+  stop_states: Int[Array, "slots"]
+  penalties: sampling.PenaltyState | None
+
+
+def init_engine_state(kv: KVState, max_rows: int, vocab_size: int,
+                      features: SamplingFeatures) -> EngineState:
+  """Empty slots over an empty pool."""
+  return EngineState(kv=kv, last_tokens=jnp.zeros(max_rows, jnp.int32),
+                     done=jnp.ones(max_rows, bool), stop_states=jnp.zeros(max_rows, jnp.int32),
+                     penalties=sampling.PenaltyState.create(max_rows, vocab_size, features))
+
+
+def mixed_step(module: Any, features: SamplingFeatures, params: Any,
+               stop_transitions: Int[Array, "U states V"] | None, state: EngineState,
+               inputs: StepInputs) -> tuple[StepOutputs, EngineState]:
+  """Decode rows and prefill chunks in one forward pass; rows whose prompt is complete draw.
+
+  Args:
+    module: has `apply(params, inputs, kv)` and `apply(params, hidden, method="logits")`.
+    features: what sampling has to do (static).
+    params: of the module.
+    stop_transitions: of the stop table, None without stop strings.
+    state: donated.
+    inputs: from `pack`.
+
+  Returns:
+    Outputs with a leading axis of one, and the next state.
+  """
+  hidden, outputs, state = _advance(module, features, params, stop_transitions, state, inputs)
+  outputs = jax.tree.map(lambda x: x[None], outputs)
+  if features.prompt_logprobs:
+    scores = sampling.prompt_logprobs(
+        hidden, inputs.next_tokens, lambda h: module.apply(params, h, method="logits"),
+        _LOGITS_BLOCK, features.num_top_logprobs)
+    outputs = outputs._replace(prompt_logprobs=scores[0], prompt_top_token_ids=scores[1],
+                               prompt_top_logprobs=scores[2])
+  return outputs, state
+
+
+def decode_loop(module: Any, features: SamplingFeatures, max_steps: int, params: Any,
+                stop_transitions: Int[Array, "U states V"] | None, state: EngineState,
+                inputs: StepInputs, num_steps: Int[Array, ""]) -> tuple[StepOutputs, EngineState]:
+  """Up to `num_steps` decode steps without the host; leaves early when every row is done.
+
+  Args:
+    max_steps: length of the output's leading axis (static).
+    inputs: the first step; row r is token r, and each row's own run has the
+      pages for `num_steps` more tokens.
+    num_steps: at most `max_steps`.
+
+  Returns:
+    Outputs with -1 tokens for steps that a row did not take, and the next state.
+  """
+  page_size = state.kv.page_size
+  first = jax.eval_shape(
+      lambda s, i: _advance(module, features, params, stop_transitions, s, i)[1], state, inputs)
+  filled = {name: -1 if name == "tokens" else 0 for name in StepOutputs._fields}
+  buffers = StepOutputs(*(None if x is None else jnp.full((max_steps, *x.shape), filled[name], x.dtype)
+                          for name, x in zip(StepOutputs._fields, first)))
+
+  def go_on(carry):
+    step, state, inputs, _ = carry
+    running = (inputs.slots >= 0) & ~jnp.take(state.done, inputs.slots, mode="clip")
+    return (step < num_steps) & running.any()
+
+  def body(carry):
+    step, state, inputs, buffers = carry
+    _, outputs, state = _advance(module, features, params, stop_transitions, state, inputs)
+    buffers = jax.tree.map(lambda b, x: b.at[step].set(x), buffers, outputs)
+    return step + 1, state, _next_inputs(inputs, page_size), buffers
+
+  _, state, _, buffers = jax.lax.while_loop(go_on, body, (0, state, inputs, buffers))
+  return buffers, state
+
+
+def _next_inputs(inputs: StepInputs, page_size: int) -> StepInputs:
+  """The decode step after this one: every row one token further, in its own run."""
+  segments = inputs.segments
+  own = inputs.own_segments
+  num_segments = segments.kv_len.shape[0]
+  grown = segments.kv_len.at[jnp.where(own < 0, num_segments, own)].add(1, mode="drop")
+  own_of = lambda field: jnp.take(field, own, mode="clip")
+  positions = jnp.where(inputs.positions < 0, -1, inputs.positions + 1)
+  in_run = positions - own_of(segments.kv_start)
+  page = jnp.take(inputs.page_indices, own_of(segments.page_start) + in_run // page_size,
+                  mode="clip")
+  return inputs._replace(
+      tokens=jnp.full_like(inputs.tokens, -1), positions=positions,
+      write_slots=jnp.where(own < 0, -1, page * page_size + in_run % page_size),
+      segments=segments._replace(kv_len=grown),
+      is_first=jnp.zeros_like(inputs.is_first), num_generated=inputs.num_generated + 1)
+
+
+def _advance(module, features, params, stop_transitions, state, inputs):
+  """One forward pass and one draw per row that is not done."""
+  max_slots = state.done.shape[0]
+  of_slot = lambda values, slots: jnp.take(values, slots, mode="clip")
+  from_device = (inputs.tokens < 0) & (inputs.token_slots >= 0)
+  tokens = jnp.where(from_device, of_slot(state.last_tokens, inputs.token_slots), inputs.tokens)
+  finished = from_device & of_slot(state.done, inputs.token_slots)
+  model_inputs = inputs._replace(tokens=tokens,
+                                 write_slots=jnp.where(finished, -1, inputs.write_slots))
+  hidden, kv = module.apply(params, model_inputs, state.kv)
+
+  draws = ((inputs.slots >= 0) & (inputs.sampling.max_tokens > 0)
+           & (inputs.is_first | ~of_slot(state.done, inputs.slots)))
+  logits = module.apply(params, jnp.take(hidden, inputs.sample_tokens, axis=0, mode="clip"),
+                        method="logits")
+  with jax.named_scope("sample"):
+    position = of_slot(inputs.positions, inputs.sample_tokens) + 1
+    drawn = sampling.sample(logits, inputs.sampling, position, inputs.num_generated, features,
+                            state.penalties, inputs.slots)
+    drawn = jnp.where(draws, drawn, -1)
+    stop_states = None
+    if stop_transitions is not None:
+      entered = jnp.where(inputs.is_first, inputs.stop_states,
+                          of_slot(state.stop_states, inputs.slots))
+      stop_states = sampling.advance_stop(stop_transitions, inputs.sampling.automaton, entered,
+                                          drawn)
+    finish = sampling.finish_reasons(drawn, inputs.num_generated + 1, inputs.sampling, stop_states)
+    finish = jnp.where(draws, finish, 0).astype(jnp.int8)
+    logprobs = top_ids = top_logprobs = None
+    if features.logprobs:
+      logprobs, top_ids, top_logprobs = sampling.token_logprobs(logits, drawn,
+                                                                features.num_top_logprobs)
+
+  target = jnp.where(draws, inputs.slots, max_slots)
+  put = lambda old, new: old.at[target].set(new, mode="drop")
+  state = EngineState(
+      kv=kv, last_tokens=put(state.last_tokens, drawn), done=put(state.done, finish > 0),
+      stop_states=state.stop_states if stop_states is None else put(state.stop_states, stop_states),
+      penalties=state.penalties if state.penalties is None else sampling.count(
+          state.penalties, jnp.where(draws, inputs.slots, -1), drawn))
+  return hidden, StepOutputs(drawn, finish, logprobs, top_ids, top_logprobs), state

@@ -1,0 +1,158 @@
+"""Requests in, completions out: the whole job, and its only host/device junction."""
+
+import collections
+import itertools
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any, NamedTuple
+
+import jax
+import numpy as np
+
+from batchjax.config import ConfigError, EngineConfig, ModelConfig
+from batchjax.engine import compile as compile_lib
+from batchjax.engine.batch import Batch
+from batchjax.engine.pack import Bucket, pack
+from batchjax.engine.sampling_inputs import SamplingFeatures, SamplingTable
+from batchjax.engine.scheduler import SchedulerStats
+from batchjax.engine.step import EngineState
+from batchjax.models import Transformer
+from batchjax.plan import planner
+from batchjax.plan.cost import CHIPS, Chip
+from batchjax.types import Completion, Request, StepOutputs, StopTable
+from batchjax.weights import Model
+
+
+class StepEvent(NamedTuple):
+  """One dispatch whose results have come back, for metrics and progress.
+
+  Attributes:
+    batch, bucket: what ran, in which shape.
+    stats: the scheduler after its results were taken in.
+    generated_tokens: tokens that it drew.
+    host_secs: planning, packing and dispatch on the host.
+    step_secs: since the results before these came back.
+  """
+
+  batch: Batch
+  bucket: Bucket
+  stats: SchedulerStats
+  generated_tokens: int
+  host_secs: float
+  step_secs: float
+
+
+def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = EngineConfig(), *,
+             features: SamplingFeatures | None = None, stop_table: StopTable | None = None,
+             observe: Callable[[Any], None] = lambda event: None,
+             module_class: Callable[..., Any] = Transformer) -> Iterator[Completion]:
+  """Completes requests, handing each out as soon as it is done.
+
+  Args:
+    model: configuration and parameters.
+    requests: read `engine.plan_window` at a time.
+    engine: limits and sizes.
+    features: what sampling has to do; found from the requests when None, which
+      takes them all to be in the first window.
+    stop_table: automata of all stop strings (`text.stop.build_stop_table`).
+    observe: is given the `Plan` of each window, the `CompileRecord`s and every `StepEvent`.
+    module_class: `module_class(config, page_size, attention)` makes the model's module.
+
+  Yields:
+    Completions in the order in which they finish.
+
+  Raises:
+    ConfigError: a request can never fit, or the engine's sizes do not fit together.
+  """
+  windows = _windows(requests, engine.plan_window)
+  window, is_only_window = next(windows, ((), True))
+  if not window:
+    return
+  config, chip = model.config, chip_of(jax.devices()[0])
+  if features is None:
+    features = SamplingFeatures.of((r.sampling_params for r in window), config.eos_token_ids)
+  plan = _plan(config, window, engine, chip, is_only_window=is_only_window, stop_table=stop_table)
+  buckets = plan.buckets
+  max_rows = max(bucket.num_rows for bucket in buckets)
+  table = SamplingTable(max_rows, features, config.eos_token_ids, stop_table)
+  transitions = None if stop_table is None else jax.device_put(stop_table.transitions)
+  state = compile_lib.init_state(config, engine, plan.num_pages, max_rows, features)
+  steps = compile_lib.compile_steps(
+      module_class(config, engine.page_size, engine.attention), model.params, state, buckets,
+      features, table, transitions, max_decode_steps=engine.max_decode_steps,
+      max_len=config.max_len)
+  for record in steps.records:
+    observe(record)
+
+  def dispatch(batch: Batch, state: EngineState) -> tuple[Bucket, StepOutputs, EngineState]:
+    """Sends a batch to the device; does not wait for it."""
+    for admission in batch.admissions:
+      table.set(admission.slot, admission.sampling_params, admission.sample_index)
+      if features.penalties:
+        tokens = jax.device_put(compile_lib.admission_inputs(admission, config.max_len))
+        state = state.replace(penalties=steps["admit"](state.penalties, *tokens))
+    bucket = planner.pick_bucket(buckets, batch.kind, batch.num_tokens)
+    inputs = pack(batch, bucket, table, page_size=engine.page_size,
+                  prompt_logprobs=features.prompt_logprobs)
+    count = (np.int32(batch.num_steps),) if batch.kind == "decode" else ()
+    return bucket, *steps[bucket](model.params, transitions, state, *jax.device_put((inputs, *count)))
+
+  while window:
+    observe(plan)
+    scheduler = planner.make_scheduler(
+        window, plan, engine, max_rows,
+        max(bucket.num_tokens for bucket in buckets), stop_table)
+    in_flight: collections.deque = collections.deque()
+    last_read = time.perf_counter()
+    while not scheduler.finished:
+      completions = []
+      with jax.transfer_guard("disallow"):  # every crossing is one of the explicit ones here
+        start = time.perf_counter()
+        batch = scheduler.next_batch()
+        if batch is not None:
+          bucket, outputs, state = dispatch(batch, state)
+          in_flight.append((batch, bucket, outputs, time.perf_counter() - start))
+        if batch is None or len(in_flight) > engine.lookahead:
+          batch, bucket, outputs, host_secs = in_flight.popleft()
+          outputs = jax.device_get(outputs)
+          start = time.perf_counter()
+          completions = scheduler.retire(batch, outputs)
+          now = time.perf_counter()
+          observe(StepEvent(batch, bucket, scheduler.stats, int((outputs.tokens >= 0).sum()),
+                            host_secs + now - start, now - last_read))
+          last_read = now
+      yield from completions
+    window, is_only_window = next(windows, ((), True))
+    if window:
+      plan = _plan(config, window, engine, chip, buckets=buckets, is_only_window=is_only_window,
+                   stop_table=stop_table)
+
+
+def _windows(requests: Iterable[Request], size: int) -> Iterator[tuple[list[Request], bool]]:
+  """Requests `size` at a time, each with whether it is the only window."""
+  source = iter(requests)
+  window, is_first = list(itertools.islice(source, size)), True
+  while window:
+    following = list(itertools.islice(source, size)) if len(window) == size else []
+    yield window, is_first and not following
+    window, is_first = following, False
+
+
+def _plan(config: ModelConfig, window: list[Request], engine: EngineConfig, chip: Chip,
+          **options: Any) -> planner.Plan:
+  plan = planner.make_plan(config, window, engine, chip, **options)
+  if plan.rejected:
+    index, reason = next(iter(plan.rejected.items()))
+    raise ConfigError(f"request {window[index].request_id!r}: {reason}")
+  return plan
+
+
+def chip_of(device: jax.Device) -> Chip:
+  """The roofline of a JAX device; unknown kinds are an error that names the known ones."""
+  kind = device.device_kind.lower()
+  names = {"cpu": "cpu", "a100": "a100", "h100": "h100", "h200": "h100", "v5 lite": "v5e",
+           "v5e": "v5e", "v5p": "v5p", "v5": "v5p", "v6": "v6e", "7x": "tpu7x", "v7": "tpu7x"}
+  for part, name in names.items():
+    if part in kind:
+      return CHIPS[name]
+  raise ConfigError(f"no roofline for device kind {device.device_kind!r}; known: {sorted(CHIPS)}")

@@ -1,0 +1,1 @@
+"""The batch file formats: rows in, requests spilled, completions out."""

@@ -1,0 +1,106 @@
+"""Log-probabilities in the shapes that the output forms give them."""
+
+import codecs
+from collections.abc import Callable
+import math
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from batchjax.types import Choice, Completion, Request
+
+_LEAST = -9999.0  # what OpenAI's API writes for a probability of 0
+
+
+class TokenScore(NamedTuple):
+  """One token: its id, its log-probability (None for a first token), its likeliest alternatives."""
+
+  token_id: int
+  logprob: float | None
+  top: list[tuple[int, float]]
+
+
+def of_choice(choice: Choice) -> list[TokenScore] | None:
+  """The scores of a sample's tokens, or None where they were not asked for."""
+  if choice.logprobs is None:
+    return None
+  return _scores(choice.token_ids, choice.logprobs, choice.top_token_ids, choice.top_logprobs)
+
+
+def of_prompt(request: Request, completion: Completion) -> list[TokenScore] | None:
+  """The scores of the prompt's tokens, or None; nothing precedes the first, so it has none."""
+  if completion.prompt_logprobs is None:
+    return None
+  first = TokenScore(int(request.prompt_token_ids[0]), None, [])
+  tops = completion.prompt_top_token_ids, completion.prompt_top_logprobs
+  return [first] + _scores(request.prompt_token_ids[1:], completion.prompt_logprobs[1:],
+                           *(None if top is None else top[1:] for top in tops))
+
+
+def _scores(token_ids: np.ndarray, logprobs: np.ndarray, top_ids: np.ndarray | None,
+            top_logprobs: np.ndarray | None) -> list[TokenScore]:
+  scores = []
+  for i, (token, logprob) in enumerate(zip(token_ids.tolist(), logprobs)):
+    top = [] if top_ids is None else [
+        (other, _number(value)) for other, value in zip(top_ids[i].tolist(), top_logprobs[i])]
+    scores.append(TokenScore(token, _number(logprob), top))
+  return scores
+
+
+def _number(logprob: np.float32) -> float:
+  """The float32 in its fewest digits; raises ValueError for NaN."""
+  if math.isnan(logprob):
+    raise ValueError("a log-probability is NaN: the model's logits are not finite")
+  return max(float(str(np.float32(logprob))), _LEAST)
+
+
+def chat(scores: list[TokenScore] | None, token_bytes_fn: Callable[[int], bytes]) -> Any:
+  """`{"content": [{"token", "logprob", "bytes", "top_logprobs"}]}`, or None."""
+  if scores is None:
+    return None
+  def entry(token_id: int, logprob: float | None) -> dict[str, Any]:
+    data = token_bytes_fn(token_id)
+    return {"token": _text(data), "logprob": logprob, "bytes": list(data)}
+  return {"content": [entry(score.token_id, score.logprob)
+                      | {"top_logprobs": [entry(*other) for other in score.top]}
+                      for score in scores]}
+
+
+def completions(scores: list[TokenScore] | None, token_bytes_fn: Callable[[int], bytes],
+                text_len: int) -> Any:
+  """`{"tokens", "token_logprobs", "top_logprobs", "text_offset"}`, or None.
+
+  `top_logprobs` maps texts to log-probabilities, the token's own among them; it
+  is None where no alternatives were asked for. `text_offset` counts characters
+  and stays within the text, which may end before the last tokens' (a stop string).
+  """
+  if scores is None:
+    return None
+  tokens, offsets, tops, offset = [], [], [], 0
+  decoder = codecs.getincrementaldecoder("utf-8")("replace")
+  for score in scores:
+    data = token_bytes_fn(score.token_id)
+    tokens.append(_text(data))
+    offsets.append(min(offset, text_len))
+    offset += len(decoder.decode(data))
+    top = {}
+    for other, logprob in [*score.top, (score.token_id, score.logprob)]:
+      top.setdefault(_text(token_bytes_fn(other)), logprob)
+    tops.append(None if score.logprob is None else top)
+  has_top = any(score.top for score in scores)
+  return {"tokens": tokens, "token_logprobs": [score.logprob for score in scores],
+          "top_logprobs": tops if has_top else None, "text_offset": offsets}
+
+
+def plain(scores: list[TokenScore], token_bytes_fn: Callable[[int], bytes]) -> list[dict[str, Any]]:
+  """`[{"token_id", "token", "logprob", "top_logprobs"}]`; the last only where asked for."""
+  def entry(token_id: int, logprob: float | None) -> dict[str, Any]:
+    return {"token_id": token_id, "token": _text(token_bytes_fn(token_id)), "logprob": logprob}
+  return [entry(score.token_id, score.logprob)
+          | ({"top_logprobs": [entry(*other) for other in score.top]} if score.top else {})
+          for score in scores]
+
+
+def _text(data: bytes) -> str:
+  """The token's text; bytes that are no whole character appear as \\xNN, so none look alike."""
+  return data.decode("utf-8", errors="backslashreplace")

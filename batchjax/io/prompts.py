@@ -1,0 +1,124 @@
+"""The prompt of a row: text, token ids or chat messages."""
+
+from typing import Any
+
+import numpy as np
+
+from batchjax.io.fields import Form, InvalidField, reject, token_ids
+
+_SOURCES: dict[Form, tuple[str, ...]] = {
+    "chat": ("messages",),
+    "completions": ("prompt",),
+    "plain": ("prompt", "messages", "prompt_token_ids"),
+}
+
+
+def prompt(fields: dict[str, Any], form: Form) -> str | list[dict[str, Any]] | np.ndarray:
+  """Text, messages whose content is text, or i32[prompt_len] token ids.
+
+  Raises:
+    InvalidField: there is none, more than one, or it is not well formed.
+  """
+  sources = [name for name in _SOURCES[form] if name in fields]
+  names = " or ".join(_SOURCES[form])
+  if not sources:
+    raise InvalidField(_SOURCES[form][0], f"the row has no {names}: give it one", "missing_field")
+  if len(sources) > 1:
+    raise InvalidField(sources[1], f"the row has both {' and '.join(sources)}: keep one of them")
+  name, value = sources[0], fields[sources[0]]
+  if name == "messages":
+    return _messages(value)
+  if name == "prompt":
+    value = _one_prompt(value)
+    if value == "":
+      raise InvalidField("prompt", "prompt is empty: give it at least one character")
+    if isinstance(value, str):
+      return value
+  if not token_ids(name, value):
+    raise InvalidField(name, f"{name} is empty: give it at least one token")
+  return np.array(value, np.int32)
+
+
+def tools(fields: dict[str, Any]) -> list[dict[str, Any]] | None:
+  """Function descriptions for the chat template; raises InvalidField where they are malformed."""
+  value = fields.get("tools")
+  if value is None:
+    return None
+  _needs_messages("tools", fields)
+  if not isinstance(value, list):
+    reject("tools", "a list", value)
+  for i, tool in enumerate(value):
+    function = tool.get("function") if isinstance(tool, dict) else None
+    if not isinstance(function, dict) or not isinstance(function.get("name"), str):
+      reject(f"tools[{i}]", 'an object such as {"type": "function", "function": {"name": ...}}',
+             tool)
+  return value or None
+
+
+def chat_template_kwargs(fields: dict[str, Any]) -> dict[str, Any]:
+  """Further variables of the chat template; raises InvalidField where it is no object."""
+  value = fields.get("chat_template_kwargs", {})
+  if not isinstance(value, dict):
+    reject("chat_template_kwargs", "an object", value)
+  if value:
+    _needs_messages("chat_template_kwargs", fields)
+  return value
+
+
+def _needs_messages(field: str, fields: dict[str, Any]) -> None:
+  if "messages" not in fields:
+    raise InvalidField(field, f"{field} needs messages: use them instead of a prompt, "
+                       f"or remove {field}")
+
+
+def _one_prompt(value: Any) -> Any:
+  """The text or token ids; OpenAI's API also allows a list of prompts, here of one."""
+  if isinstance(value, str):
+    return value
+  if not isinstance(value, list):
+    reject("prompt", "a string or a list of token ids", value)
+  if not value or not isinstance(value[0], (str, list)):
+    return value
+  if len(value) > 1:
+    raise InvalidField("prompt", f"prompt is a list of {len(value)} prompts: "
+                       "write one row for each", "unsupported")
+  return value[0]
+
+
+def _messages(value: Any) -> list[dict[str, Any]]:
+  if not isinstance(value, list):
+    reject("messages", "a list of objects with role and content", value)
+  if not value:
+    raise InvalidField("messages", "messages is empty: give it at least one message")
+  return [_message(f"messages[{i}]", message) for i, message in enumerate(value)]
+
+
+def _message(where: str, message: Any) -> dict[str, Any]:
+  if not isinstance(message, dict):
+    reject(where, "an object with role and content", message)
+  role = message.get("role")
+  if not isinstance(role, str) or not role:
+    reject(f"{where}.role", 'a string such as "user"', role)
+  calls = message.get("tool_calls")
+  if calls is not None and not (isinstance(calls, list)
+                                and all(isinstance(call, dict) for call in calls)):
+    reject(f"{where}.tool_calls", "a list of objects", calls)
+  content = message.get("content")
+  if content is None and calls:
+    return message
+  return message | {"content": _content(f"{where}.content", content)}
+
+
+def _content(where: str, content: Any) -> str:
+  """The text of a message; parts of text are joined by line breaks."""
+  if isinstance(content, str):
+    return content
+  if not isinstance(content, list):
+    reject(where, "a string or a list of text parts", content)
+  for i, part in enumerate(content):
+    if isinstance(part, dict) and part.get("type") not in (None, "text"):
+      raise InvalidField(f"{where}[{i}]", f"{where}[{i}] is of type {part['type']!r}, but the "
+                         "model reads text alone: remove it", "unsupported")
+    if not isinstance(part, dict) or not isinstance(part.get("text"), str):
+      reject(f"{where}[{i}]", 'an object such as {"type": "text", "text": ...}', part)
+  return "\n".join(part["text"] for part in content)

@@ -1,0 +1,201 @@
+"""Turns the rows of an input file into requests to tokenize, or says what is wrong with them."""
+
+from collections.abc import Sequence
+import dataclasses
+import hashlib
+from typing import Any
+
+import numpy as np
+
+from batchjax.io import fields as fields_lib
+from batchjax.io import prompts
+from batchjax.io.fields import Form, InvalidField
+from batchjax.io.records import Record, RowError
+from batchjax.types import SamplingParams
+
+_URLS: dict[str, Form] = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
+_ENVELOPE = {"custom_id", "method", "url", "body"}
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+  """A valid row whose prompt is not tokenized yet.
+
+  Attributes:
+    index: 0-based place among the records of the file.
+    row: 1-based row for messages.
+    request_id: `custom_id` or `id`, else "row-<row>".
+    form: what the row was and its output will be: "chat" and "completions" are
+      OpenAI batch lines, "plain" has its fields at the top level.
+    prompt: text, chat messages, or token ids.
+    sampling_params: complete, defaults filled in.
+    model: the name that the row gives the model, or "".
+    echo: the text begins with the prompt.
+    return_token_ids: the output has the token ids too.
+    tools: function descriptions for the chat template, or None.
+    chat_template_kwargs: further variables of the chat template.
+  """
+
+  index: int
+  row: int
+  request_id: str
+  form: Form
+  prompt: str | list[dict[str, Any]] | np.ndarray
+  sampling_params: SamplingParams
+  model: str = ""
+  echo: bool = False
+  return_token_ids: bool = False
+  tools: list[dict[str, Any]] | None = None
+  chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+
+
+def parse(record: Record, *, defaults: SamplingParams, model_name: str,
+          job_seed: int) -> Row | RowError:
+  """Checks everything about a row that needs no tokenizer; the first error counts.
+
+  Two forms: the line of an OpenAI batch file (`custom_id`, `method`, `url`,
+  `body`), and a plain one with its fields at the top level (`id`, one of
+  `prompt`, `messages` and `prompt_token_ids`, sampling fields named as in
+  SamplingParams). A field that is null counts as absent. In both forms an
+  absent sampling field takes the job's default, not that of OpenAI's API.
+
+  Args:
+    record: the row as read.
+    defaults: the job's sampling parameters.
+    model_name: what `model` must say where a row has it; "" accepts any name.
+    job_seed: hashed with the request id into the seed of a row without one.
+  """
+  if isinstance(record.value, RowError):
+    return record.value
+  value = {name: item for name, item in record.value.items() if item is not None}
+  request_id = None
+  try:
+    is_batch = bool(_ENVELOPE & set(value))
+    request_id = _request_id(value, "custom_id" if is_batch else "id", record.row)
+    form, fields = _envelope(value) if is_batch else ("plain", value)
+    fields_lib.check_names(fields, form)
+    return Row(
+        index=record.index,
+        row=record.row,
+        request_id=request_id,
+        form=form,
+        prompt=prompts.prompt(fields, form),
+        sampling_params=fields_lib.sampling_params(fields, form, defaults, job_seed=job_seed,
+                                                   request_id=request_id),
+        model=_model(fields, model_name),
+        echo=_echo(fields),
+        return_token_ids=fields_lib.flag(fields, "return_token_ids"),
+        tools=prompts.tools(fields),
+        chat_template_kwargs=prompts.chat_template_kwargs(fields))
+  except InvalidField as e:
+    return RowError(record.index, record.row, request_id, e.field, str(e), e.code)
+
+
+def check_prompt(row: Row, token_ids: np.ndarray | Sequence[int], vocab_size: int,
+                 max_len: int) -> RowError | None:
+  """What the tokenized prompt shows to be wrong, or None.
+
+  Args:
+    row: the row.
+    token_ids: i32[prompt_len], its prompt.
+    vocab_size: token ids must be below it.
+    max_len: most tokens of prompt and completion together.
+  """
+  token_ids, params = np.asarray(token_ids), row.sampling_params
+  used = {"stop_token_ids": params.stop_token_ids,
+          "logit_bias": tuple(token for token, _ in params.logit_bias)}
+  try:
+    if not token_ids.size:
+      raise InvalidField("prompt", "the prompt has no tokens: give it at least one")
+    bad = np.flatnonzero((token_ids < 0) | (token_ids >= vocab_size))
+    if bad.size:
+      raise InvalidField("prompt", f"prompt token {bad[0]} is {token_ids[bad[0]]}, but the model's "
+                         f"vocabulary has {vocab_size} tokens: use the model's own tokenizer")
+    for name, tokens in used.items():
+      if max(tokens, default=0) >= vocab_size:
+        raise InvalidField(name, f"{name} names token {max(tokens)}, but the model's vocabulary "
+                           f"has {vocab_size} tokens: remove it")
+    if params.top_logprobs > vocab_size:
+      raise InvalidField("top_logprobs", f"{params.top_logprobs} alternatives per token exceed the "
+                         f"vocabulary of {vocab_size} tokens: ask for fewer")
+    room = max_len - token_ids.size
+    if room < 1:
+      raise InvalidField("prompt", f"the prompt has {token_ids.size} tokens, which leaves no room "
+                         f"in the context of {max_len}: shorten it to at most {max_len - 1}",
+                         "context_length_exceeded")
+    if params.max_tokens > room:
+      raise InvalidField("max_tokens", f"the prompt has {token_ids.size} tokens and max_tokens is "
+                         f"{params.max_tokens}, together over the context of {max_len}: shorten "
+                         f"the prompt or set max_tokens to at most {room}",
+                         "context_length_exceeded")
+  except InvalidField as e:
+    return RowError(row.index, row.row, row.request_id, e.field, str(e), e.code)
+  return None
+
+
+class DuplicateIds:
+  """Finds ids that were used before; keeps a 16-byte hash of each, not the id."""
+
+  def __init__(self):
+    self._seen: set[bytes] = set()
+
+  def check(self, row: Row) -> RowError | None:
+    """An error if an earlier row that was checked here has the same request id."""
+    digest = hashlib.blake2b(row.request_id.encode(), digest_size=16).digest()
+    if digest not in self._seen:
+      self._seen.add(digest)
+      return None
+    field = "id" if row.form == "plain" else "custom_id"
+    return RowError(row.index, row.row, row.request_id, field,
+                    f"{field} {row.request_id!r} is used by an earlier row: make it unique",
+                    "duplicate_id")
+
+
+def _request_id(value: dict[str, Any], field: str, row: int) -> str:
+  request_id = value.get(field)
+  if request_id is None and field == "id":
+    return f"row-{row}"
+  if request_id is None:
+    raise InvalidField(field, "custom_id is missing: give each request a unique one",
+                       "missing_field")
+  if field == "id" and type(request_id) is int:  # many data sets number their rows
+    return str(request_id)
+  if not isinstance(request_id, str) or not request_id:
+    fields_lib.reject(field, "a non-empty string", request_id)
+  return request_id
+
+
+def _envelope(value: dict[str, Any]) -> tuple[Form, dict[str, Any]]:
+  """The form and body of an OpenAI batch line."""
+  for name in sorted(set(value) - _ENVELOPE):
+    remedy = ("move it into body" if name in fields_lib.FIELDS["plain"] - {"id"} else
+              "a batch line has custom_id, method, url and body")
+    raise InvalidField(name, f"{name} stands beside body: {remedy}", "unknown_field")
+  for name in ("method", "url", "body"):
+    if name not in value:
+      raise InvalidField(name, f"{name} is missing: a batch line has custom_id, method, url "
+                         "and body", "missing_field")
+  if value["method"] != "POST":
+    fields_lib.reject("method", '"POST"', value["method"])
+  if not isinstance(value["url"], str) or value["url"] not in _URLS:
+    fields_lib.reject("url", " or ".join(_URLS), value["url"])
+  if not isinstance(value["body"], dict):
+    fields_lib.reject("body", "an object", value["body"])
+  return _URLS[value["url"]], {k: v for k, v in value["body"].items() if v is not None}
+
+
+def _model(fields: dict[str, Any], model_name: str) -> str:
+  model = fields.get("model", model_name)
+  if not isinstance(model, str):
+    fields_lib.reject("model", "a string", model)
+  if model_name and model != model_name:
+    raise InvalidField("model", f"model is {model!r}, but this job runs {model_name!r}: change the "
+                       "row, or set model.name of the job to what the rows say", "model_not_found")
+  return model
+
+
+def _echo(fields: dict[str, Any]) -> bool:
+  echo = fields_lib.flag(fields, "echo")
+  if echo and "messages" in fields:
+    raise InvalidField("echo", "echo needs a prompt, not messages: remove it", "unsupported")
+  return echo

@@ -1,0 +1,106 @@
+"""A decoder-only transformer over flat tokens and paged KV; families differ in `ModelConfig`."""
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from batchjax.cache.kv_state import KVState, init_kv_state
+from batchjax.config import ModelConfig
+from batchjax.models import layers
+from batchjax.ops import attention as attention_op
+from batchjax.types import Segments, StepInputs
+
+
+class Block(nn.Module):
+  """One layer: attention and feed-forward, each behind a norm and a residual sum."""
+
+  config: ModelConfig
+  kind: str
+  implementation: str | None
+
+  @nn.compact
+  def __call__(self, x, rope, kv_pages, write_slots, schedule):
+    c = self.config
+    norm = lambda name: layers.RMSNorm(c.norm_eps, c.norm_plus_one, c.dtype, name=name)
+    y, kv_pages = layers.Attention(c, self.kind, self.implementation, name="attn")(
+        norm("attn_norm")(x), rope, kv_pages, write_slots, schedule)
+    x = x + (norm("post_attn_norm")(y) if c.post_norms else y)
+    y = layers.FeedForward(c, name="ffn")(norm("ffn_norm")(x))
+    return x + (norm("post_ffn_norm")(y) if c.post_norms else y), kv_pages
+
+
+class Transformer(nn.Module):
+  """The model of a step.
+
+  `apply(params, inputs, kv)` gives the hidden vectors of all flat tokens and
+  the pool with their KV; `apply(params, hidden, method="logits")` gives the
+  logits of those that are needed. `params` is `{"params": tree}`, boxed with
+  logical axis names or not.
+
+  Attributes:
+    config: shapes and family traits.
+    page_size: tokens of a KV page.
+    attention: implementation of the attention op; None picks by device.
+  """
+
+  config: ModelConfig
+  page_size: int
+  attention: str | None = None
+
+  def setup(self):
+    c = self.config
+    self.embed = layers.VocabTable(c, "embedding")
+    self.layers = [Block(c, kind, self.attention) for kind in c.layer_kinds]
+    self.final_norm = layers.RMSNorm(c.norm_eps, c.norm_plus_one, c.dtype)
+    self.lm_head = self.embed if c.tie_embeddings else layers.VocabTable(c, "kernel")
+
+  def __call__(self, inputs: StepInputs, kv: KVState) -> tuple[Float[Array, "T D"], KVState]:
+    """Computes the final-norm hidden vectors [T, D] and writes the tokens' KV.
+
+    Args:
+      inputs: tokens already resolved (>= 0); padding (-1) gives unspecified
+        but finite vectors and writes nothing where its write slot is -1.
+      kv: the pool; donate it to have it updated in place.
+    """
+    c = self.config
+    schedule = attention_op.make_schedule(
+        inputs.segments, inputs.page_indices, inputs.positions, page_size=self.page_size,
+        implementation=self.attention)
+    ropes = {kind: layers.rope_table(c, kind, inputs.positions) for kind in set(c.layer_kinds)}
+    x = self.embed.lookup(inputs.tokens)
+    if c.embed_scale != 1.0:
+      x = x * jnp.asarray(c.embed_scale, x.dtype)
+    pages = []
+    for layer, kind, kv_pages in zip(self.layers, c.layer_kinds, kv.pages, strict=True):
+      x, kv_pages = layer(x, ropes[kind], kv_pages, inputs.write_slots, schedule)
+      pages.append(kv_pages)
+    x = self.final_norm(x)
+    if self.is_initializing():
+      self.logits(x)  # creates the parameters that only `logits` reads
+    return x, kv.replace(pages=tuple(pages))
+
+  def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
+    """Float32 logits over the vocabulary, the final soft cap included."""
+    with jax.named_scope("logits"):
+      logits = self.lm_head.logits(hidden)
+      cap = self.config.final_soft_cap
+      return logits if cap is None else cap * jnp.tanh(logits / cap)
+
+
+def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
+  """Random parameters, boxed with their logical axis names (`nn.unbox` strips them).
+
+  `jax.eval_shape` of it gives the shapes and dtypes without memory.
+  """
+  null, zero = jnp.full(1, -1, jnp.int32), jnp.zeros(1, jnp.int32)
+  inputs = StepInputs(
+      tokens=null, positions=null, token_slots=null, write_slots=null,
+      segments=Segments(*(zero for _ in Segments._fields)),
+      page_indices=zero, sample_tokens=null, slots=null, own_segments=null,
+      is_first=null, stop_states=null, num_generated=null, sampling=None)
+  init = lambda key: Transformer(config, page_size=1).init(
+      key, inputs, init_kv_state(config, num_pages=1, page_size=1))["params"]
+  return jax.jit(init)(key)

@@ -1,0 +1,50 @@
+"""How long outputs get: learned while the job runs (Past-Future, section 3; Tokasaurus)."""
+
+import bisect
+
+import numpy as np
+
+
+class LengthPredictor:
+  """Predicts the final length of a running row from the rows that have finished.
+
+  Works on fractions of `max_tokens`, so rows with different limits inform each
+  other. Before `min_history` rows have finished every row is taken to reach its
+  limit, which can only admit too few rows, never too many.
+  """
+
+  def __init__(self, min_history: int = 32):
+    self._fractions: list[float] = []
+    self._min_history = min_history
+
+  def add(self, num_generated: int, max_tokens: int) -> None:
+    """Records a finished row."""
+    if max_tokens:
+      bisect.insort(self._fractions, num_generated / max_tokens)
+
+  def predict(self, num_generated: np.ndarray, max_tokens: np.ndarray) -> np.ndarray:
+    """Predicted final lengths, i64[rows]: mean plus one deviation of the longer finished rows."""
+    if len(self._fractions) < self._min_history:
+      return max_tokens.copy()
+    done = np.array(self._fractions)
+    count = np.arange(len(done), 0, -1)
+    mean = np.cumsum(done[::-1])[::-1] / count
+    spread = np.sqrt(np.maximum(np.cumsum(done[::-1] ** 2)[::-1] / count - mean ** 2, 0.0))
+    upper = np.append(np.minimum(mean + spread, 1.0), 1.0)
+    longer = np.searchsorted(done, num_generated / np.maximum(max_tokens, 1), side="right")
+    predicted = np.ceil(upper[longer] * max_tokens).astype(np.int64)
+    return np.clip(predicted, np.minimum(num_generated + 1, max_tokens), max_tokens)
+
+
+def peak_pages(own_lens: np.ndarray, remaining: np.ndarray, page_size: int) -> int:
+  """Most pages that rows hold at once when row r grows for `remaining[r]` tokens, then leaves.
+
+  The maximum lies at the moment before some row leaves; partly filled last
+  pages are counted whole, so the figure is never too low.
+  """
+  if not len(own_lens):
+    return 0
+  order = np.argsort(-remaining, kind="stable")
+  held = np.cumsum(own_lens[order] + page_size - 1)
+  grown = np.arange(1, len(order) + 1) * remaining[order]
+  return int(-(-(held + grown).max() // page_size))

@@ -1,0 +1,109 @@
+"""What a job needs of device memory, and which requests can never fit."""
+
+import dataclasses
+from typing import TypeVar
+
+from jaxtyping import Int
+import numpy as np
+
+from batchjax.config import ConfigError
+from batchjax.config import EngineConfig
+from batchjax.config import ModelConfig
+from batchjax.plan.prefix_tree import PrefixTree
+
+Tokens = TypeVar("Tokens", int, np.ndarray)
+
+# Float32 arrays [max_rows, vocab_size] alive at once while a step samples: the
+# logits, the processed copy, and what a sort or a log-softmax makes of it.
+_LOGITS_COPIES = 3
+
+
+@dataclasses.dataclass(frozen=True)
+class MemoryEstimate:
+  """Device memory of a running job, in bytes over all devices.
+
+  Attributes:
+    weight_bytes: parameters, norms left out.
+    kv_bytes: the page pool.
+    logits_bytes: float32 logits of `max_rows` rows and the copies that sampling makes.
+    activation_bytes: the widest layer's values for `max_step_tokens` tokens.
+  """
+
+  weight_bytes: int
+  kv_bytes: int
+  logits_bytes: int
+  activation_bytes: int
+
+  @property
+  def total_bytes(self) -> int:
+    """Everything."""
+    return self.weight_bytes + self.kv_bytes + self.logits_bytes + self.activation_bytes
+
+
+def estimate_memory(model: ModelConfig, engine: EngineConfig) -> MemoryEstimate:
+  """An estimate before anything is compiled; the compiler's own figure is exact."""
+  itemsize = 4 if model.dtype == "float32" else 2
+  attention = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
+  # Residual stream and its norm, beside the wider of attention (q, k, v, out) and feed-forward.
+  widest = 2 * model.hidden_size + max(attention + model.num_heads * model.head_dim,
+                                       3 * model.ffn_size)
+  page_bytes = engine.page_size * model.kv_bytes_per_token
+  return MemoryEstimate(
+      weight_bytes=model.num_params * itemsize,
+      kv_bytes=num_kv_pages(model, engine) * page_bytes,
+      logits_bytes=_LOGITS_COPIES * engine.max_rows * model.vocab_size * 4,
+      activation_bytes=engine.max_step_tokens * widest * itemsize,
+  )
+
+
+def num_kv_pages(model: ModelConfig, engine: EngineConfig) -> int:
+  """Pages of the KV pool: `num_pages`, or as many as `kv_memory_bytes` holds.
+
+  Raises:
+    ConfigError: the bytes hold no page.
+  """
+  if engine.num_pages > 0:
+    return engine.num_pages
+  page_bytes = engine.page_size * model.kv_bytes_per_token
+  num_pages = engine.kv_memory_bytes // page_bytes
+  if num_pages == 0:
+    raise ConfigError(f"engine.kv_memory_bytes={engine.kv_memory_bytes} holds no page of "
+                      f"{page_bytes} bytes ({engine.page_size} tokens): raise it, or lower "
+                      "engine.page_size")
+  return num_pages
+
+
+def pages_for(num_tokens: Tokens, page_size: int) -> Tokens:
+  """Pages that a run of tokens fills; every run begins on a page of its own."""
+  return -(-num_tokens // page_size)
+
+
+def pages_alone(tree: PrefixTree, max_tokens: Int[np.ndarray, "requests"],
+                page_size: int) -> Int[np.ndarray, "requests"]:
+  """Pages that each request needs with nothing else running, one sample at a time.
+
+  They are those of every node on its path, the run of one row grown by `max_tokens`.
+  """
+  length = tree.length.astype(np.int64)
+  pages = pages_for(length, page_size)
+  node = tree.node_of_request
+  own_len = np.where(tree.num_rows[node] == 1, length[node], 0)
+  own_pages = pages_for(own_len + max_tokens, page_size) - pages_for(own_len, page_size)
+  return tree.path_sum(pages)[node] + own_pages
+
+
+def check_fits(tree: PrefixTree, max_tokens: Int[np.ndarray, "requests"], num_pages: int,
+               page_size: int) -> dict[int, str]:
+  """The requests that could not run even alone, each with its error message.
+
+  Returns:
+    {request: message} in ascending order; empty when every request fits.
+  """
+  needed = pages_alone(tree, max_tokens, page_size)
+  prompt_lens = tree.end[tree.node_of_request]
+  return {
+      int(i): f"{prompt_lens[i]} prompt tokens and max_tokens={max_tokens[i]} need {needed[i]} KV "
+              f"pages of {page_size} tokens, the pool has {num_pages}: lower max_tokens, shorten "
+              "the prompt, or raise engine.kv_memory_bytes or engine.num_pages"
+      for i in np.flatnonzero(needed > num_pages)
+  }

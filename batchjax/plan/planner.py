@@ -1,0 +1,199 @@
+"""Requests to a plan: order, shared nodes, compiled shapes and what to expect of them."""
+
+import collections
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from batchjax.config import EngineConfig, ModelConfig
+from batchjax.engine.pack import Bucket
+from batchjax.engine.scheduler import Scheduler
+from batchjax.plan import buckets as buckets_lib
+from batchjax.plan import grouping, memory, order, simulate
+from batchjax.plan.cost import Chip, PlanTotals, plan_totals
+from batchjax.plan.prefix_tree import PrefixTree, build_prefix_tree
+from batchjax.types import Request, StopTable
+
+# A kept node costs about this many tokens of work in segments, merges and part-filled pages.
+_NODE_OVERHEAD_TOKENS = 8.0
+# Enough dispatches to see every kind of step of a window many times.
+_MAX_DISPATCHES = 300
+# Sizes are rounded up to this before buckets are chosen among them.
+_TOKEN_MULTIPLE, _ROW_MULTIPLE = 64, 8
+
+
+@dataclasses.dataclass(frozen=True)
+class Prediction:
+  """What the simulated schedule says of a window.
+
+  Attributes:
+    secs: by the roofline of the chip, padding included; a floor.
+    num_mixed, num_decode: dispatches of each kind.
+    padding_waste: part of the launched tokens that is padding.
+    peak_pages: most pages in use.
+    is_extrapolated: the window is longer than what was simulated.
+  """
+
+  secs: float
+  num_mixed: int
+  num_decode: int
+  padding_waste: float
+  peak_pages: int
+  is_extrapolated: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+  """How one window of requests runs.
+
+  Attributes:
+    tree: kept nodes in the order of execution, which is that of the token axis.
+    buckets: the compiled shapes, ascending within each kind.
+    num_pages: of the KV pool.
+    totals: prompt tokens asked for, planned and optimal.
+    prediction: None where the buckets were given.
+    rejected: request index to reason, for those that can never fit the pool.
+  """
+
+  tree: PrefixTree
+  buckets: tuple[Bucket, ...]
+  num_pages: int
+  totals: PlanTotals
+  prediction: Prediction | None
+  rejected: dict[int, str]
+
+  def bucket_for(self, kind: str, num_tokens: int) -> Bucket:
+    """The smallest bucket of a kind that holds a step."""
+    return pick_bucket(self.buckets, kind, num_tokens)
+
+
+def pick_bucket(buckets: Sequence[Bucket], kind: str, num_tokens: int) -> Bucket:
+  """The smallest bucket of `kind` that holds `num_tokens`.
+
+  Raises:
+    ValueError: none does.
+  """
+  same = [bucket for bucket in buckets if bucket.kind == kind]
+  size = buckets_lib.pick([bucket.num_tokens for bucket in same], num_tokens)
+  return next(bucket for bucket in same if bucket.num_tokens == size)
+
+
+def make_plan(model: ModelConfig, requests: Sequence[Request], engine: EngineConfig, chip: Chip, *,
+              buckets: tuple[Bucket, ...] | None = None, is_only_window: bool = True,
+              stop_table: StopTable | None = None) -> Plan:
+  """Plans a window: the tree of shared prefixes, its order, and the shapes to compile.
+
+  Args:
+    model: shapes of the model.
+    requests: of the window, at least one.
+    engine: limits.
+    chip: whose roofline weighs padding against compiling.
+    buckets: those of an earlier window, whose shapes are compiled already.
+    is_only_window: no other window follows, so shapes may be cut to this one.
+    stop_table: stop automata, if any request has stop strings.
+  """
+  prompts = [request.prompt_token_ids for request in requests]
+  params = [request.sampling_params for request in requests]
+  prompt_lens = np.array([len(prompt) for prompt in prompts], np.int32)
+  samples = np.array([p.n for p in params], np.int32)
+  max_tokens = np.array([p.max_tokens for p in params], np.int64)
+  decode_lens = max_tokens * samples
+  full_tree = build_prefix_tree(prompts, samples)
+  if engine.share_prefixes:
+    tree = grouping.choose_nodes(full_tree, prompt_lens, samples, engine.max_levels,
+                                 _NODE_OVERHEAD_TOKENS)
+  else:
+    tree = grouping.no_sharing(prompt_lens, samples)
+  tree = order.order_nodes(tree, decode_lens)
+  num_pages = memory.num_kv_pages(model, engine)
+  plan = Plan(tree=tree, buckets=buckets or (), num_pages=num_pages,
+              totals=plan_totals(full_tree, tree, samples, decode_lens), prediction=None,
+              rejected=memory.check_fits(tree, max_tokens, num_pages, engine.page_size))
+  if buckets is not None or plan.rejected:
+    return plan
+
+  total_rows = int(samples.sum())
+  max_rows = min(engine.max_rows, total_rows) if is_only_window else engine.max_rows
+  max_tokens_mixed = engine.max_step_tokens
+  if is_only_window:
+    max_tokens_mixed = min(max_tokens_mixed, int(tree.length.sum()) + total_rows)
+  shapes = simulate.simulate(
+      make_scheduler(requests, plan, engine, max_rows, max_tokens_mixed, stop_table),
+      _MAX_DISPATCHES)
+  num_shared = max_rows * engine.max_levels
+  if is_only_window:
+    num_shared = min(num_shared, int((tree.num_rows[1:] > 1).sum()))
+  buckets = _solve(model, chip, engine, shapes, max_rows, max_tokens_mixed,
+                   max_rows + num_shared, num_pages)
+  return dataclasses.replace(
+      plan, buckets=buckets,
+      prediction=_predict(model, chip, shapes, buckets, plan.totals))
+
+
+def make_scheduler(requests: Sequence[Request], plan: Plan, engine: EngineConfig, max_rows: int,
+                   max_step_tokens: int, stop_table: StopTable | None) -> Scheduler:
+  """A scheduler for the window of `plan`."""
+  return Scheduler(requests, plan.tree, num_pages=plan.num_pages, page_size=engine.page_size,
+                   max_rows=max_rows, max_step_tokens=max_step_tokens,
+                   max_decode_steps=engine.max_decode_steps, stop_table=stop_table)
+
+
+def _solve(model: ModelConfig, chip: Chip, engine: EngineConfig, shapes: list[simulate.StepShape],
+           max_rows: int, max_step_tokens: int, num_segments: int,
+           num_pages: int) -> tuple[Bucket, ...]:
+  buckets = []
+  for kind, limit, multiple in (("mixed", max_step_tokens, _TOKEN_MULTIPLE),
+                                ("decode", max_rows, _ROW_MULTIPLE)):
+    same = [shape for shape in shapes if shape.kind == kind]
+    typical = same[len(same) // 2] if same else None
+    weights = collections.Counter()
+    for shape in same:
+      weights[shape.num_tokens] += shape.num_steps
+    step_secs = lambda size: 0.0 if typical is None else (
+        typical.secs(model, chip, size) / typical.num_steps)
+    sizes = buckets_lib.solve_buckets(
+        list(weights), list(weights.values()), max_buckets=engine.max_buckets, limit=limit,
+        step_cost_fn=step_secs, compile_cost=engine.compile_secs, multiple=multiple)
+    buckets += [Bucket(kind, size, max_rows if kind == "mixed" else size,
+                       num_segments, num_pages) for size in sizes]
+  return tuple(buckets)
+
+
+def _predict(model: ModelConfig, chip: Chip, shapes: list[simulate.StepShape],
+             buckets: Sequence[Bucket], totals: PlanTotals) -> Prediction:
+  sizes = [pick_bucket(buckets, shape.kind, shape.num_tokens).num_tokens for shape in shapes]
+  launched = sum(size * shape.num_steps for size, shape in zip(sizes, shapes))
+  useful = sum(shape.num_tokens * shape.num_steps for shape in shapes)
+  # What was simulated stands for the rest of the window in proportion to its tokens.
+  all_tokens = totals.prompt_tokens_planned + totals.decode_tokens
+  scale = max(1.0, all_tokens / max(useful, 1))
+  kinds = collections.Counter(shape.kind for shape in shapes)
+  return Prediction(
+      secs=scale * sum(shape.secs(model, chip, size) for size, shape in zip(sizes, shapes)),
+      num_mixed=round(scale * kinds["mixed"]), num_decode=round(scale * kinds["decode"]),
+      padding_waste=1 - useful / max(launched, 1),
+      peak_pages=max((shape.used_pages for shape in shapes), default=0),
+      is_extrapolated=len(shapes) == _MAX_DISPATCHES)
+
+
+def cached_tokens(requests: Sequence[Request], engine: EngineConfig) -> np.ndarray:
+  """Prompt tokens of each request that another one computes: i64[num_requests].
+
+  Depends on the requests alone, not on what happens to run: the first request
+  of a shared node (in order of requests) counts as the one that computes it.
+  """
+  prompts = [request.prompt_token_ids for request in requests]
+  prompt_lens = np.array([len(prompt) for prompt in prompts], np.int32)
+  samples = np.array([request.sampling_params.n for request in requests], np.int32)
+  if not engine.share_prefixes:
+    return np.zeros(len(requests), np.int64)
+  tree = grouping.choose_nodes(build_prefix_tree(prompts, samples), prompt_lens, samples,
+                               engine.max_levels, _NODE_OVERHEAD_TOKENS)
+  owner = np.full(tree.num_nodes, len(requests), np.int64)
+  np.minimum.at(owner, tree.node_of_request, np.arange(len(requests)))
+  for node in range(tree.num_nodes - 1, 0, -1):  # preorder: children come after their parent
+    owner[tree.parent[node]] = min(owner[tree.parent[node]], owner[node])
+  computed = np.bincount(owner[1:], tree.length[1:], len(requests))
+  return prompt_lens - computed.astype(np.int64)

@@ -1,0 +1,84 @@
+"""The scheduler run on paper: which steps a job takes, and how long they should last."""
+
+import dataclasses
+import itertools
+from collections.abc import Sequence
+
+import numpy as np
+
+from batchjax.config import ModelConfig
+from batchjax.engine.batch import Batch
+from batchjax.engine.scheduler import Scheduler
+from batchjax.plan.cost import Chip, step_cost
+from batchjax.types import StepOutputs
+
+
+@dataclasses.dataclass(frozen=True)
+class StepShape:
+  """One simulated dispatch.
+
+  Attributes:
+    kind: "mixed" or "decode".
+    num_tokens, num_rows: of one iteration, before padding.
+    num_steps: iterations.
+    num_prompt_tokens: prompt tokens computed.
+    kv_read_tokens, attn_pairs: see `cost.step_cost`; of the first iteration.
+    used_pages: pages held.
+  """
+
+  kind: str
+  num_tokens: int
+  num_rows: int
+  num_steps: int
+  num_prompt_tokens: int
+  kv_read_tokens: int
+  attn_pairs: int
+  used_pages: int
+
+  def secs(self, model: ModelConfig, chip: Chip, num_tokens: int) -> float:
+    """Seconds by the roofline when padded to `num_tokens`."""
+    return self.num_steps * step_cost(model, chip, num_tokens, self.num_rows,
+                                      self.kv_read_tokens, self.attn_pairs).secs
+
+
+def simulate(scheduler: Scheduler, max_dispatches: int) -> list[StepShape]:
+  """Runs `scheduler` with every row reaching its `max_tokens`.
+
+  Args:
+    scheduler: fresh; it is used up.
+    max_dispatches: stop after this many.
+  """
+  shapes = []
+  for _ in itertools.repeat(None, max_dispatches):
+    if scheduler.finished:
+      break
+    batch = scheduler.next_batch()
+    shapes.append(_shape(batch, scheduler.stats.used_pages))
+    scheduler.retire(batch, _outputs(batch))
+  return shapes
+
+
+def _shape(batch: Batch, used_pages: int) -> StepShape:
+  starts = np.cumsum([0] + [entry.num_tokens for entry in batch.entries])
+  nodes = [entry.node for entry in batch.entries]
+  kv_read = attn_pairs = 0
+  for shared in batch.shared:
+    low, high = np.searchsorted(nodes, (shared.node, shared.subtree_end))
+    kv_read += shared.kv_len
+    attn_pairs += shared.kv_len * int(starts[high] - starts[low])
+  for entry in batch.entries:
+    if entry.seq >= 0:
+      kv_read += entry.kv_len
+      attn_pairs += entry.kv_len * entry.num_tokens
+  return StepShape(batch.kind, batch.num_tokens, len(batch.samples), batch.num_steps,
+                   batch.num_prompt_tokens, kv_read, attn_pairs, used_pages)
+
+
+def _outputs(batch: Batch) -> StepOutputs:
+  """Every row draws token 0 until it has `max_tokens`."""
+  step = np.arange(batch.num_steps)[:, None]
+  left = np.array([s.row.max_tokens - s.num_generated for s in batch.samples], np.int64)
+  tokens = np.where(step < left, 0, -1).astype(np.int32)
+  finish = np.where(step == left - 1, 3, 0).astype(np.int8)
+  none = np.zeros(batch.num_tokens, np.float32)
+  return StepOutputs(tokens, finish, prompt_logprobs=none)

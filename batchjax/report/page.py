@@ -1,0 +1,125 @@
+"""One self-contained HTML page about a job: figures, pictures, tables.
+
+A picture or table whose data is not there yet says so in its place, so the page
+of a running job, or of one that only was planned, is whole.
+"""
+
+from collections.abc import Callable
+import datetime
+import json
+import os
+import pathlib
+from typing import Any
+
+import jinja2
+import markupsafe
+
+from batchjax.report import plots
+from batchjax.report.metrics import Run, RunRecord
+from batchjax.report.sharing import PLAN_FILE, PlanFile, PlanFileError, read_plan_file
+from batchjax.report.summary import Summary, answered, load_runs, summarize_runs
+
+MANIFEST_FILE = "manifest.json"
+
+
+def render_page(job_dir: str | os.PathLike) -> str:
+  """The page of a job directory, as HTML.
+
+  Raises:
+    FileNotFoundError: there is no such directory.
+    MetricsError: the metrics file is damaged before its last line.
+  """
+  job_dir = pathlib.Path(job_dir)
+  runs = load_runs(job_dir)
+  summary = summarize_runs(job_dir.resolve().name, runs)
+  plan, no_plan = _read_plan(job_dir / PLAN_FILE)
+  settings, no_settings = _read_settings(job_dir / MANIFEST_FILE)
+  environment = jinja2.Environment(
+      loader=jinja2.FileSystemLoader(pathlib.Path(__file__).parent),
+      autoescape=True, undefined=jinja2.StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+  return environment.get_template("page.html.j2").render(
+      summary=summary, tiles=_tiles(summary), runs=[_run_row(run.record, run) for run in runs],
+      compiles=[record for run in runs for record in run.compiles],
+      over_time=_picture(plots.over_time, runs),
+      padding=_picture(plots.padding, summary.buckets),
+      lengths=_picture(plots.lengths, [r for r in answered(runs) if r.finish_reason != "error"]),
+      sharing=_picture(plots.sharing, plan) if plan else _missing(no_plan),
+      plan=plan, no_plan=no_plan, settings=settings, no_settings=no_settings)
+
+
+def write_page(job_dir: str | os.PathLike, path: str | os.PathLike) -> None:
+  """Writes the page of `job_dir` to `path`, whole or not at all.
+
+  Raises:
+    FileNotFoundError: there is no such job directory.
+    MetricsError: the metrics file is damaged before its last line.
+  """
+  path = pathlib.Path(path)
+  partial = path.with_name(path.name + ".partial")
+  # JSON lets an id hold half a surrogate pair, which no encoding writes.
+  partial.write_text(render_page(job_dir), encoding="utf-8", errors="replace")
+  partial.replace(path)
+
+
+def _tiles(s: Summary) -> list[tuple[str, str, str]]:
+  """(figure, what it is, a detail) of what a person asks first."""
+  return [
+      (f"{s.output_tokens_per_sec:,.0f}", "output tokens per second",
+       f"{s.total_tokens_per_sec:,.0f} with prompts"),
+      (f"{s.num_finished:,}", f"of {s.num_requests:,} requests answered",
+       f"{s.num_errors:,} errors"),
+      (f"{s.wall_secs:,.1f} s", "wall time",
+       f"{len(s.runs)} run{'' if len(s.runs) == 1 else 's'}"),
+      (f"{s.cached_share:.1%}" if s.finished_prompt_tokens else "–", "of prompt tokens cached",
+       f"{s.computed_tokens:,} computed of {s.prompt_tokens:,}"),
+      (f"{s.padding:.1%}", "padding", "of launched tokens"),
+      (f"{s.host_share:.1%}", "host share", "of step time"),
+      (f"{s.peak_kv_use:.1%}", "KV pool at its peak", f"{s.num_preempted:,} rows preempted"),
+      (f"{s.compile_secs:,.1f} s", f"for {s.num_compiles} compiles",
+       f"{s.num_cached_compiles} from the cache"),
+  ]
+
+
+def _run_row(record: RunRecord, run: Run) -> dict[str, Any]:
+  begin = datetime.datetime.fromtimestamp(record.time, datetime.timezone.utc)
+  return {"begin": f"{begin:%Y-%m-%d %H:%M:%S} UTC", "record": record,
+          "wall_secs": run.wall_secs, "num_answered": len(run.requests)}
+
+
+def _picture(draw: Callable[[Any], str], data: Any) -> markupsafe.Markup:
+  """The picture, or the reason there is none."""
+  try:
+    return markupsafe.Markup(draw(data))
+  except plots.NothingToDraw as reason:
+    return _missing(str(reason).capitalize())
+
+
+def _missing(reason: str) -> markupsafe.Markup:
+  return markupsafe.Markup('<p class="missing">{}</p>').format(reason + ".")
+
+
+def _read_plan(path: pathlib.Path) -> tuple[PlanFile | None, str]:
+  """The plan, or None and why there is none."""
+  if not path.exists():
+    return None, f"{path.name} is not in the job directory: no plan is written yet"
+  try:
+    return read_plan_file(path), ""
+  except PlanFileError as error:
+    return None, str(error)
+
+
+def _read_settings(path: pathlib.Path) -> tuple[list[tuple[str, str]], str]:
+  """Dotted names and values of the manifest, or an empty list and why."""
+  if not path.exists():
+    return [], f"{path.name} is not in the job directory"
+  try:
+    return _flatten("", json.loads(path.read_text(encoding="utf-8"))), ""
+  except ValueError as error:
+    return [], f"{path.name} is not JSON: {error}"
+
+
+def _flatten(name: str, value: Any) -> list[tuple[str, str]]:
+  if isinstance(value, dict) and value:
+    return [pair for key, inner in value.items()
+            for pair in _flatten(f"{name}.{key}" if name else str(key), inner)]
+  return [(name, value if isinstance(value, str) else json.dumps(value, ensure_ascii=False))]

@@ -1,0 +1,59 @@
+"""A job's figures as a short plain text."""
+
+from batchjax.report.metrics import RequestRecord
+from batchjax.report.summary import StepTotals, Summary
+
+_LABEL_WIDTH = 10
+
+
+def to_text(summary: Summary, *, num_slowest: int = 3) -> str:
+  """A report of about a dozen lines, without a trailing newline."""
+  lines = [("job", f"{summary.name}: {_state(summary)}")]
+  if summary.runs:
+    lines += _lines(summary, num_slowest)
+  return "\n".join(f"{label:<{_LABEL_WIDTH}}{text}" for label, text in lines)
+
+
+def _lines(s: Summary, num_slowest: int) -> list[tuple[str, str]]:
+  run = s.runs[-1]
+  pages = f"{s.peak_pages:,} of {s.peak_pool_pages:,} pages of {run.page_size} tokens"
+  reasons = ", ".join(f"{count:,} {reason}" for reason, count in s.finish_reasons) or "none yet"
+  lines = [
+      ("model", f"{run.model} on {run.num_devices} x {run.device_kind}, jax {run.jax_version}"),
+      ("speed", f"{s.output_tokens_per_sec:,.1f} output tok/s, "
+                f"{s.total_tokens_per_sec:,.1f} prompt and output tok/s, {s.wall_secs:,.1f} s"),
+      ("prompt", f"{s.prompt_tokens:,} tokens asked, {s.computed_tokens:,} computed; "
+                 + (f"{s.cached_share:.1%} cached" if s.finished_prompt_tokens
+                    else "cached share not known yet")),
+      ("output", f"{s.generated_tokens:,} tokens drawn, {s.output_tokens:,} in answers"),
+      ("finish", reasons),
+      ("steps", ", ".join(map(_kind, s.kinds)) or "none yet"),
+      ("padding", f"{s.padding:.1%} of launched tokens"),
+      ("host", f"{s.host_share:.1%} of step time"),
+      ("kv", f"peak {s.peak_kv_use:.1%}, {pages}; {s.num_preempted:,} rows preempted"),
+      ("compiles", f"{s.num_compiles} in {s.compile_secs:,.1f} s, "
+                   f"{s.num_cached_compiles} from the cache"),
+  ]
+  return lines + [("slowest" if i == 0 else "", _slow(r))
+                  for i, r in enumerate(s.slowest[:num_slowest])]
+
+
+def _state(s: Summary) -> str:
+  if not s.runs:
+    return "no run recorded yet"
+  state = "complete" if s.is_complete else "not complete"
+  runs = f", {len(s.runs)} runs" if len(s.runs) > 1 else ""
+  return (f"{state}, {s.num_finished:,} of {s.num_requests:,} requests answered, "
+          f"{s.num_errors:,} errors{runs}")
+
+
+def _kind(totals: StepTotals) -> str:
+  loops = f" ({totals.num_steps:,} iterations)" if totals.num_steps != totals.num_dispatches else ""
+  return f"{totals.num_dispatches:,} {totals.name}{loops} in {totals.secs:,.1f} s"
+
+
+def _slow(r: RequestRecord) -> str:
+  # An id is the user's text: nothing in it may steer the terminal.
+  name = r.request_id if r.request_id.isprintable() else ascii(r.request_id)
+  return (f"{name} {r.end_secs - r.start_secs:,.1f} s "
+          f"({r.prompt_tokens:,} prompt, {r.generated_tokens:,} output tokens)")

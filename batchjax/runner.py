@@ -1,0 +1,258 @@
+"""A whole job as the command line runs it: file in, file out, resumable."""
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import signal
+import time
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import numpy as np
+
+from batchjax import job as job_lib
+from batchjax import prepare, report, weights
+from batchjax.config import JobConfig, ModelConfig, ModelSource
+from batchjax.engine.compile import CompileRecord
+from batchjax.engine.sampling_inputs import SamplingFeatures
+from batchjax.generate import StepEvent, generate
+from batchjax.io import files, output
+from batchjax.io.records import RowError
+from batchjax.io.store import RequestReader, StoredRow
+from batchjax.models import Transformer
+from batchjax.plan import planner
+from batchjax.plan.planner import Plan
+from batchjax.plan.summary import plan_summary
+from batchjax.text.stop import build_stop_table
+from batchjax.text.tokenizer import Tokenizer, load_tokenizer
+from batchjax.types import Completion, Request
+
+
+class Interrupted(Exception):
+  """The job was asked to stop; what is done is in its journal."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaders:
+  """How the parts of a model are loaded; tests put a fake model here."""
+
+  config: Callable[[ModelSource], ModelConfig] = weights.load_config
+  tokenizer: Callable[[ModelSource], Tokenizer] = lambda source: load_tokenizer(
+      source.tokenizer or source.path)
+  model: Callable[[ModelSource], weights.Model] = weights.load_model
+  module_class: Callable[..., Any] = Transformer
+
+
+def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str | None = None,
+        quiet: bool = False, loaders: Loaders = Loaders()) -> job_lib.Finished:
+  """Completes every row of a file; the same call again resumes where it stopped.
+
+  Beside the output lies `<output>.job`, with the manifest, the journal of
+  finished rows, the tokenized requests, the plan and the metrics.
+
+  Args:
+    config: model, engine and defaults.
+    input_path: `.jsonl`, `.jsonl.gz` or `.parquet`.
+    output_path: likewise; written once all rows are done.
+    error_path: rows that were bad; `<output stem>.errors.jsonl` when None.
+    quiet: show no progress.
+    loaders: how the model is loaded.
+
+  Raises:
+    Interrupted: SIGINT or SIGTERM came; the last step's results are kept.
+    InputError, ConfigError, BadRow, JobError: see there; no model was loaded.
+  """
+  output_file = pathlib.Path(output_path)
+  error_path = error_path or default_error_path(output_file)
+  for path in (output_path, error_path):
+    files.check_output(path)
+  model_config = loaders.config(config.model)
+  with job_lib.open_job(f"{output_file}.job", identity(config, input_path)) as job:
+    tokenizer = loaders.tokenizer(config.model)
+    prepared = _prepare_once(job, input_path, config, model_config, tokenizer)
+    with RequestReader(job.directory / "requests.arrow") as requests:
+      done = job.finished_rows(prepared.num_rows)
+      for error in prepared.errors:
+        if not done[error.index]:
+          job.append_error(error.index, output.format_error(error, job_id=job.id))
+      left = np.flatnonzero(~done[requests.indices])
+      if len(left):
+        _complete(job, requests, left, prepared, config, tokenizer, quiet, loaders)
+    return job.finish(output_path, error_path, prepared.num_rows)
+
+
+def default_error_path(output_file: pathlib.Path) -> str:
+  """`out.jsonl` has its bad rows in `out.errors.jsonl`."""
+  return str(output_file.with_name(output_file.name.split(".")[0] + ".errors.jsonl"))
+
+
+def identity(config: JobConfig, input_path: str) -> dict[str, Any]:
+  """All that the completions depend on; engine settings change speed only and are left out."""
+  source = config.model
+  model = {"name": source.name, "dtype": source.dtype, "shape": source.shape, "seed": source.seed,
+           "files": _hash_files(source.path)}
+  settings = {"sampling": dataclasses.asdict(config.sampling), "seed": config.seed,
+              "strict": config.strict, "share_prefixes": config.engine.share_prefixes,
+              "chat_template": _hash_files(config.chat_template)}
+  return {"input": job_lib.hash_file(input_path), "model": model,
+          "tokenizer": _hash_files(source.tokenizer), "settings": settings}
+
+
+def _hash_files(path: str) -> dict[str, str]:
+  """SHA-256 of a file, or of every file in a folder."""
+  if not path:
+    return {}
+  root = pathlib.Path(path).expanduser()
+  paths = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
+  return {str(p.relative_to(root.parent)): job_lib.hash_file(p) for p in paths}
+
+
+def _prepare_once(job: job_lib.Job, input_path: str, config: JobConfig, model: ModelConfig,
+                  tokenizer: Tokenizer) -> prepare.Prepared:
+  """Validated and tokenized rows; those of an earlier run of the job are used again."""
+  done_path = job.directory / "prepared.json"
+  if done_path.exists():
+    values = json.loads(done_path.read_text("utf-8"))
+    return prepare.Prepared(values["num_rows"], tuple(RowError(**e) for e in values["errors"]))
+  prepared = prepare.prepare(input_path, job.directory / "requests.arrow", config, model, tokenizer)
+  with files.atomic(done_path) as f:
+    f.write(json.dumps(dataclasses.asdict(prepared)).encode())
+  return prepared
+
+
+def _complete(job: job_lib.Job, requests: RequestReader, left: np.ndarray,
+              prepared: prepare.Prepared, config: JobConfig, tokenizer: Tokenizer, quiet: bool,
+              loaders: Loaders) -> None:
+  """Runs the requests at positions `left` and journals each as it is done."""
+  engine = config.engine
+  configure_cache(engine.compilation_cache_dir)
+  device = jax.devices()[0]
+  model = loaders.model(config.model)
+  stops = prepare.stop_strings(requests)
+  stop_table = build_stop_table(
+      stops, [tokenizer.token_bytes(i) for i in range(model.config.vocab_size)]) if stops else None
+  features = SamplingFeatures.of((r.sampling_params for r in requests),
+                                 model.config.eos_token_ids)
+  num_errors = len(prepared.errors)
+  run_record = report.RunRecord(
+      time=time.time(), device_kind=device.device_kind, num_devices=1,
+      model=config.model.name or pathlib.Path(config.model.path).name or config.model.shape,
+      jax_version=jax.__version__, num_requests=len(left) + num_errors,
+      num_prompt_tokens=int(requests.prompt_lens[left].sum()),
+      num_pages=planner.memory.num_kv_pages(model.config, engine), page_size=engine.page_size,
+      max_rows=engine.max_rows)
+  pending: dict[str, tuple[StoredRow, int]] = {}
+  with contextlib.ExitStack() as stack:
+    stopped = stack.enter_context(_stop_on_signal())
+    progress = stack.enter_context(report.Progress(run_record, quiet=quiet))
+    metrics = stack.enter_context(report.MetricsWriter(job.directory / report.METRICS_FILE))
+    metrics.write(run_record)
+    recorder = _Recorder(job.directory, metrics, progress, num_errors, stopped)
+    completions = generate(model, _pending(requests, left, engine, pending), engine,
+                           features=features, stop_table=stop_table, observe=recorder.observe,
+                           module_class=loaders.module_class)
+    for completion in completions:
+      row, num_cached = pending.pop(completion.request_id)
+      # As planned over the whole file, so that a resumed job writes the same bytes.
+      completion = dataclasses.replace(completion, num_cached_tokens=num_cached)
+      job.append(row.index, output.format_completion(
+          row, completion, decode_fn=tokenizer.decode, token_bytes_fn=tokenizer.token_bytes,
+          job_id=job.id))
+      recorder.finish(row, completion)
+
+
+def _pending(requests: RequestReader, left: np.ndarray, engine: Any,
+             pending: dict[str, tuple[StoredRow, int]]) -> Iterator[Request]:
+  """Requests still to do, read a window at a time; each is put into `pending` on its way out."""
+  is_left = np.zeros(len(requests), bool)
+  is_left[left] = True
+  for start in range(0, len(requests), engine.plan_window):
+    stop = min(start + engine.plan_window, len(requests))
+    if not is_left[start:stop].any():
+      continue
+    rows = requests.rows(start, stop)
+    cached = planner.cached_tokens([row.request for row in rows], engine)
+    for i in np.flatnonzero(is_left[start:stop]):
+      pending[rows[i].request.request_id] = rows[i], int(cached[i])
+      yield rows[i].request
+
+
+class _Recorder:
+  """Turns what `generate` shows of itself into metrics and progress."""
+
+  def __init__(self, directory: pathlib.Path, metrics: report.MetricsWriter,
+               progress: report.Progress, num_errors: int, stopped: Callable[[], bool]):
+    self._directory, self._sinks = directory, (metrics.write, progress.update)
+    self._num_errors, self._stopped = num_errors, stopped
+    self._start = time.perf_counter()
+    self._started: dict[str, float] = {}
+
+  def _emit(self, record: report.Record) -> None:
+    for sink in self._sinks:
+      sink(record)
+
+  def observe(self, event: Plan | CompileRecord | StepEvent) -> None:
+    """Raises Interrupted at the first finished step after a stop signal."""
+    now = time.perf_counter() - self._start
+    if isinstance(event, Plan):
+      with files.atomic(self._directory / report.PLAN_FILE) as f:
+        f.write(json.dumps(plan_summary(event), indent=1).encode())
+    elif isinstance(event, CompileRecord):
+      self._emit(report.CompileRecord(bucket=event.name, secs=event.secs, cached=event.cached))
+    else:
+      for admission in event.batch.admissions:
+        self._started.setdefault(admission.request_id, now - event.step_secs)
+      batch, steps = event.batch, event.batch.num_steps
+      self._emit(report.StepRecord(
+          secs=now, kind=batch.kind, step_secs=event.step_secs, host_secs=event.host_secs,
+          num_steps=steps,
+          num_tokens=event.generated_tokens if batch.kind == "decode" else batch.num_tokens,
+          bucket_tokens=event.bucket.num_tokens * steps, num_rows=event.stats.num_running,
+          bucket_rows=event.bucket.num_rows, prompt_tokens=batch.num_prompt_tokens,
+          generated_tokens=event.generated_tokens, used_pages=event.stats.used_pages,
+          waiting=event.stats.num_waiting,
+          finished=event.stats.num_retired + self._num_errors,
+          preempted=event.stats.num_preempted))
+      if self._stopped():
+        raise Interrupted
+
+  def finish(self, row: StoredRow, completion: Completion) -> None:
+    """Records a finished request."""
+    reasons = {choice.finish_reason for choice in completion.choices}
+    self._emit(report.RequestRecord(
+        request_id=completion.request_id, row=row.index,
+        prompt_tokens=completion.num_prompt_tokens, cached_tokens=completion.num_cached_tokens,
+        generated_tokens=sum(len(choice.token_ids) for choice in completion.choices),
+        start_secs=self._started.pop(completion.request_id),
+        end_secs=time.perf_counter() - self._start,
+        finish_reason="length" if "length" in reasons else "stop"))
+
+
+@contextlib.contextmanager
+def _stop_on_signal() -> Iterator[Callable[[], bool]]:
+  """Tells whether SIGINT or SIGTERM came; a second one acts as it would without this."""
+  received: list[int] = []
+  previous = {}
+
+  def note(number, frame):
+    received.append(number)
+    signal.signal(number, previous[number])
+
+  for number in (signal.SIGINT, signal.SIGTERM):
+    previous[number] = signal.signal(number, note)
+  try:
+    yield lambda: bool(received)
+  finally:
+    for number, handler in previous.items():
+      signal.signal(number, handler)
+
+
+def configure_cache(directory: str) -> None:
+  """Keeps compiled steps in `directory` between runs; "" keeps none."""
+  if directory:
+    path = pathlib.Path(directory).expanduser()
+    path.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

@@ -1,0 +1,89 @@
+"""A model whose next token is a hash of the row's whole prefix, read back through the page table.
+
+It has the interface of `models.Transformer`. Each token's id and position are
+written into the KV pool as its key and value; attention is a sum of hashes over
+all KV that a token's segments show. Any mix-up of page, row, position or slot
+changes the text, and the engine's tests need no weights.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from batchjax.cache.kv_state import KVState, write_kv
+from batchjax.config import ModelConfig
+from batchjax.types import StepInputs
+
+_MIX = np.uint32(0x9E3779B1)
+
+
+def fake_config(vocab_size: int = 97, max_len: int = 4096, eos: tuple[int, ...] = ()) -> ModelConfig:
+  """The shape of the fake model: one layer, one head."""
+  return ModelConfig(family="fake", vocab_size=vocab_size, hidden_size=1, ffn_size=1, num_layers=1,
+                     num_heads=1, num_kv_heads=1, head_dim=1, max_len=max_len, eos_token_ids=eos)
+
+
+def mix(token: Any, position: Any) -> Any:
+  """A 32-bit hash of each (token, position) pair; works on jax and numpy arrays."""
+  x = (token.astype("uint32") + np.uint32(1)) * _MIX ^ position.astype("uint32") * np.uint32(0x85EBCA6B)
+  x = (x ^ (x >> np.uint32(15))) * np.uint32(0x2C1B3C6D)
+  x = (x ^ (x >> np.uint32(12))) * np.uint32(0x297A2D39)
+  return x ^ (x >> np.uint32(15))
+
+
+@dataclasses.dataclass(frozen=True)
+class FakeModel:
+  """`module.apply` of a transformer, without parameters."""
+
+  config: ModelConfig
+  page_size: int
+  attention: str | None = None
+
+  def apply(self, params: Any, *args, method: str = "__call__"):
+    """Dispatches like `flax.linen.Module.apply`."""
+    return self._logits(*args) if method == "logits" else self._forward(*args)
+
+  def _forward(self, inputs: StepInputs, kv: KVState) -> tuple[jax.Array, KVState]:
+    number = lambda x: x.astype(jnp.float32)[:, None, None]
+    pages = write_kv(kv.pages[0], number(inputs.tokens), number(inputs.positions),
+                     inputs.write_slots)
+    segments, page_size = inputs.segments, self.page_size
+    token = jnp.arange(inputs.tokens.shape[0])
+
+    def add_segment(i, total):
+      seg = jax.tree.map(lambda x: x[i], segments)
+
+      def add_kv(j, total):
+        page = inputs.page_indices[seg.page_start + j // page_size]
+        key, value = pages[page, 0, j % page_size]
+        # The stored position, not the one it should have: a misplaced token changes the hash.
+        hashed = mix(key.astype(jnp.int32), value.astype(jnp.int32))
+        seen = ((token >= seg.q_start) & (token < seg.q_start + seg.q_len)
+                & (seg.kv_start + j <= inputs.positions))
+        return total + jnp.where(seen, hashed, np.uint32(0))
+
+      return jax.lax.fori_loop(0, seg.kv_len, add_kv, total)
+
+    total = jnp.zeros(inputs.tokens.shape, jnp.uint32)
+    total = jax.lax.fori_loop(0, segments.q_start.shape[0], add_segment, total)
+    return total[:, None], KVState((pages,))
+
+  def _logits(self, hidden: jax.Array) -> jax.Array:
+    """Logits that differ for every token, so that sampling has something to choose from."""
+    token = jnp.arange(self.config.vocab_size)
+    return (mix(token, hidden) % np.uint32(1000)).astype(jnp.float32) / 100
+
+
+def fake_logits(prefix: np.ndarray, vocab_size: int) -> np.ndarray:
+  """What the fake model gives after `prefix`, computed without any cache: f32[V]."""
+  total = mix(np.asarray(prefix), np.arange(len(prefix))).sum(dtype=np.uint32)
+  return logits_of_hashes(total[None], vocab_size)[0]
+
+
+def logits_of_hashes(totals: np.ndarray, vocab_size: int) -> np.ndarray:
+  """What the fake model makes of sums of hashes, u32[R] to f32[R, V]."""
+  hashed = mix(np.arange(vocab_size), totals[:, None])
+  return (hashed % np.uint32(1000)).astype(np.float32) / 100

@@ -1,0 +1,146 @@
+"""One tokenizer for every file format: text to ids, ids to bytes, bytes to text."""
+
+from collections.abc import Iterable, Sequence
+from pathlib import Path
+
+from batchjax.text.gguf_vocab import read_gguf
+from batchjax.text.hf_vocab import read_tokenizer_json
+from batchjax.text.sentencepiece_vocab import read_sentencepiece
+from batchjax.text.vocab import Vocab
+
+_READERS = {".json": read_tokenizer_json, ".model": read_sentencepiece, ".gguf": read_gguf}
+
+
+class Tokenizer:
+  """A model's vocabulary.
+
+  Every token stands for fixed bytes, and a text is the UTF-8 reading of its
+  tokens' bytes; bytes that are no UTF-8 become U+FFFD, one for each maximal
+  invalid part (Unicode 16, section 3.9). So the text of a sample can be
+  streamed and searched token by token. Ids that the vocabulary lacks (models
+  pad their embeddings) stand for no bytes.
+
+  Attributes:
+    special_ids: tokens that are no text, as BOS or the marks of a chat turn.
+    has_space_prefix: the encoder puts a space before a text (SentencePiece).
+    bos_token_id, eos_token_id: None where the model has no such token.
+    eos_token_ids: all tokens that end a text, `eos_token_id` first.
+    chat_template: jinja2 source for `chat.render`, or None.
+  """
+
+  def __init__(self, vocab: Vocab):
+    self._codec = vocab.codec
+    self._pieces = vocab.pieces
+    self.special_ids = vocab.special_ids
+    self.has_space_prefix = vocab.has_space_prefix
+    self.bos_token_id = vocab.bos_token_id
+    self.eos_token_ids = vocab.eos_token_ids
+    self.eos_token_id = vocab.eos_token_ids[0] if vocab.eos_token_ids else None
+    self.chat_template = vocab.chat_template
+
+  @property
+  def vocab_size(self) -> int:
+    """One more than the largest id."""
+    return len(self._pieces)
+
+  @property
+  def bos_token(self) -> str:
+    """Text of the BOS token; "" where the model has none."""
+    return "" if self.bos_token_id is None else self._pieces[self.bos_token_id].decode()
+
+  @property
+  def eos_token(self) -> str:
+    """Text of the main end token; "" where the model has none."""
+    return "" if self.eos_token_id is None else self._pieces[self.eos_token_id].decode()
+
+  def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+    """Ids of `text`; special tokens written in it become what they name.
+
+    Args:
+      text: any text without lone surrogates.
+      add_special_tokens: put BOS before the text if the model's files say so.
+        False for the output of `chat.render`: the template writes BOS itself.
+
+    Raises:
+      ValueError: the text holds a lone surrogate, which UTF-8 cannot express.
+    """
+    return self.encode_batch([text], add_special_tokens)[0]
+
+  def encode_batch(self, texts: Sequence[str],
+                   add_special_tokens: bool = True) -> list[list[int]]:
+    """`encode` of many texts, on all cores."""
+    for row, text in enumerate(texts):
+      if not text.isascii():
+        _check_encodable(text, row)
+    return self._codec.encode_batch(texts, add_special_tokens)
+
+  def token_bytes(self, token_id: int) -> bytes:
+    """What the token adds to a text; nothing for special tokens and ids outside the vocabulary.
+
+    A SentencePiece token keeps its leading space; `decode` drops it at the start of a text.
+    """
+    return b"" if token_id in self.special_ids else self._piece(token_id)
+
+  def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True, *,
+             is_continuation: bool = False) -> str:
+    """Text of `token_ids`.
+
+    Args:
+      token_ids: ids, at least 0.
+      skip_special_tokens: leave special tokens out; False spells their names.
+      is_continuation: the ids follow a prompt, so a leading space belongs to
+        the text; else the one that the encoder put there is dropped.
+    """
+    piece = self.token_bytes if skip_special_tokens else self._piece
+    data = b"".join(map(piece, token_ids))
+    if self.has_space_prefix and not is_continuation:
+      data = data.removeprefix(b" ")
+    return data.decode("utf-8", errors="replace")
+
+  def to_json(self) -> str:
+    """The vocabulary as the text of a tokenizer.json.
+
+    Raises:
+      ValueError: a SentencePiece model has no such form.
+    """
+    return self._codec.to_json()
+
+  def _piece(self, token_id: int) -> bytes:
+    if token_id < 0:
+      raise ValueError(f"token id {token_id} is negative: drop null entries before decoding")
+    return self._pieces[token_id] if token_id < len(self._pieces) else b""
+
+
+def load_tokenizer(path: str | Path) -> Tokenizer:
+  """Loads the tokenizer of a model.
+
+  Args:
+    path: a Hugging Face folder, a tokenizer.json, a SentencePiece `.model` or a
+      `.gguf` file. JSON files beside the first three are read too.
+
+  Raises:
+    FileNotFoundError: there is no tokenizer at `path`.
+    ValueError: the format, or a rule inside it, is not known here.
+  """
+  path = Path(path)
+  if path.is_dir():
+    names = ("tokenizer.json", "tokenizer.model")
+    file = next((path / name for name in names if (path / name).exists()), None)
+    if file is None:
+      raise FileNotFoundError(f"{path} has neither {' nor '.join(names)}: copy one there, "
+                              "or name the tokenizer's own path")
+    path = file
+  if path.suffix not in _READERS:
+    raise ValueError(f"{path} is no known kind of tokenizer: name a folder or a file that ends "
+                     f"in one of {sorted(_READERS)}")
+  if not path.exists():
+    raise FileNotFoundError(f"there is no tokenizer at {path}")
+  return Tokenizer(_READERS[path.suffix](path))
+
+
+def _check_encodable(text: str, row: int) -> None:
+  try:
+    text.encode("utf-8")
+  except UnicodeEncodeError as error:
+    raise ValueError(f"text {row} holds a lone surrogate at character {error.start}: it is not "
+                     "valid Unicode; replace the character") from error

@@ -1,0 +1,169 @@
+"""Models from Hugging Face folders, GGUF files, Orbax checkpoints, or made at random."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from batchjax import models
+from batchjax.config import ConfigError, ModelConfig, ModelSource
+from batchjax.weights import hf, orbax
+from batchjax.weights.fuse import fuse, unfuse
+from batchjax.weights.gguf import GgufFile
+from batchjax.weights.random import random_params
+from batchjax.weights.stored import WeightError
+from batchjax.weights.tree import ShardingFn, default_device, param_shapes
+
+__all__ = ("Model", "WeightError", "load_config", "load_hf_config", "load_model", "param_shapes",
+           "save_hf", "save_orbax", "source_format", "stored_dtype")
+
+
+@dataclasses.dataclass(frozen=True)
+class Model:
+  """A model ready to run.
+
+  Attributes:
+    config: its shapes, family and dtype.
+    params: `{"params": nested dict of jax.Array}`, what `module.apply` takes.
+  """
+
+  config: ModelConfig
+  params: dict[str, Any]
+
+
+def source_format(source: ModelSource) -> str:
+  """The source's format, found from its path where it says "auto".
+
+  Raises:
+    ConfigError: the path is none of the known formats.
+  """
+  if source.format != "auto":
+    return source.format
+  path = _path(source)
+  if path.is_file() and path.suffix == ".gguf":
+    return "gguf"
+  if (path / orbax.CONFIG).is_file():
+    return "orbax"
+  if (path / "config.json").is_file():
+    return "hf"
+  raise ConfigError(f"model.path={source.path!r} is neither a .gguf file nor a folder with "
+                    f"config.json (Hugging Face) or {orbax.CONFIG} (Orbax)")
+
+
+def load_config(source: ModelSource) -> ModelConfig:
+  """The model's configuration; reads metadata only and touches no device.
+
+  Raises:
+    ConfigError: the source is of no known format, or of a model that is not supported.
+    WeightError: a GGUF file's metadata cannot be read as such a model.
+  """
+  match source_format(source):
+    case "random":
+      if source.shape not in models.SHAPES:
+        raise ConfigError(f"model.shape={source.shape!r} is unknown; known: "
+                          f"{sorted(models.SHAPES)}")
+      config = models.SHAPES[source.shape]
+    case "orbax":
+      config = orbax.read_config(_path(source))
+    case _:
+      config = models.config_from_hf(load_hf_config(source))
+  return dataclasses.replace(config, dtype=source.dtype)
+
+
+def load_hf_config(source: ModelSource) -> dict[str, Any]:
+  """The model's `config.json`; that of a GGUF file is made from its metadata.
+
+  Raises:
+    ConfigError: the source has none: it is random, or an Orbax checkpoint saved without.
+  """
+  path = _path(source)
+  match source_format(source):
+    case "gguf":
+      return GgufFile(path).hf_config()
+    case "hf":
+      return hf.read_config(path)
+    case "orbax" if (path / "config.json").is_file():
+      return hf.read_config(path)
+  raise ConfigError(f"{source.path or source.shape} has no config.json; copy the one of the "
+                    "model it was made from beside it")
+
+
+def stored_dtype(source: ModelSource) -> str:
+  """The dtype that loses nothing of what the source stores."""
+  match source_format(source):
+    case "hf":
+      return hf.stored_dtype(_path(source))
+    case "orbax":
+      return orbax.read_config(_path(source)).dtype
+  return "float32"
+
+
+def load_model(source: ModelSource, sharding_fn: ShardingFn = default_device) -> Model:
+  """Loads the parameters onto their devices, in `source.dtype`.
+
+  Host memory holds one parameter at a time, besides what the devices hold.
+
+  Args:
+    source: where the model comes from.
+    sharding_fn: parameter path ("layers_0/attn/qkv") to its sharding; None
+      leaves it on the default device.
+
+  Raises:
+    ConfigError: as `load_config`.
+    WeightError: a tensor is missing, superfluous, of the wrong shape or out of range.
+  """
+  path = _path(source)
+  if source_format(source) == "gguf":
+    file = GgufFile(path)  # parsed once: its vocabulary takes seconds
+    config = dataclasses.replace(models.config_from_hf(file.hf_config()), dtype=source.dtype)
+    targets = models.name_map(config)
+    return Model(config, fuse(config, targets, file.tensors(targets), sharding_fn))
+  config = load_config(source)
+  match source_format(source):
+    case "random":
+      params = random_params(config, source.seed, sharding_fn)
+    case "orbax":
+      params = orbax.restore(path, config, sharding_fn)
+    case _:
+      params = fuse(config, models.name_map(config), hf.open_tensors(path), sharding_fn)
+  return Model(config, params)
+
+
+def save_hf(path: str, model: Model, hf_config: dict[str, Any],
+            max_shard_bytes: int = 5 << 30) -> None:
+  """Writes a Hugging Face folder that loads again bit for bit.
+
+  Args:
+    path: of the folder, made if need be.
+    model: what to write; tensors keep its dtype.
+    hf_config: its `config.json`; the dtype in it is set to the model's.
+    max_shard_bytes: a file holds at most this, or a single tensor.
+
+  Raises:
+    ConfigError: `hf_config` describes another model.
+  """
+  described = dataclasses.replace(models.config_from_hf(hf_config), dtype=model.config.dtype)
+  if described != model.config:
+    raise ConfigError(f"the config.json for {path} describes {described}, but the model is "
+                      f"{model.config}")
+  folder = pathlib.Path(path).expanduser()
+  folder.mkdir(parents=True, exist_ok=True)
+  hf.write_config(folder, hf_config, model.config.dtype)
+  hf.write_tensors(folder, unfuse(models.name_map(model.config), model.params), max_shard_bytes)
+
+
+def save_orbax(path: str, model: Model, hf_config: dict[str, Any] | None = None) -> None:
+  """Writes an Orbax checkpoint that loads again bit for bit; refuses to overwrite one.
+
+  Args:
+    path: of the folder, made if need be.
+    model: what to write; its configuration goes to `model_config.json`.
+    hf_config: written too, as `config.json`; `save_hf` of the checkpoint needs it.
+  """
+  folder = pathlib.Path(path).expanduser()
+  orbax.save(folder, model.config, model.params)
+  if hf_config is not None:
+    hf.write_config(folder, hf_config, model.config.dtype)
+
+
+def _path(source: ModelSource) -> pathlib.Path:
+  return pathlib.Path(source.path).expanduser()

@@ -1,0 +1,1 @@
+"""Kernels of batchjax. Imports jax and numpy only."""

@@ -1,0 +1,124 @@
+"""shared_prefix_attention on Hopper GPUs: the Mosaic GPU implementation.
+
+Two launches of the attention kernel (narrow and wide q tiles) and one of the merge.
+Their sizes are data: `tuned/<device>.json`, by head dim.
+"""
+
+import functools
+import importlib.resources
+import json
+import math
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+
+from pallas_kernels.shared_prefix_attention import gpu_kernel
+from pallas_kernels.shared_prefix_attention import gpu_merge
+from pallas_kernels.shared_prefix_attention import gpu_schedule
+from pallas_kernels.shared_prefix_attention.gpu_schedule import Blocks, ROWS, Tiling
+
+HEAD_DIMS = (64, 80, 96, 128, 256)
+PAGE_SIZES = (16, 32, 64, 128, 256)
+
+
+def why_not(*, head_dim: int, page_size: int, num_heads: int, num_kv_heads: int, q_dtype,
+            kv_dtype) -> str | None:
+  """The reason why this implementation cannot take a case, or None."""
+  if jnp.dtype(q_dtype) != jnp.bfloat16 or jnp.dtype(kv_dtype) != jnp.bfloat16:
+    return (f"mosaic_gpu takes bfloat16 q and KV, got {jnp.dtype(q_dtype)} and "
+            f"{jnp.dtype(kv_dtype)}: wgmma has no float32 operands")
+  if head_dim not in HEAD_DIMS:
+    return f"mosaic_gpu takes head dims {HEAD_DIMS}, got {head_dim}"
+  if page_size not in PAGE_SIZES:
+    return f"mosaic_gpu takes page sizes {PAGE_SIZES}, got {page_size}"
+  if num_heads // num_kv_heads > ROWS:
+    return f"mosaic_gpu takes up to {ROWS} query heads per KV head, got {num_heads // num_kv_heads}"
+  return None
+
+
+@functools.cache
+def tuned(device: str = "nvidia_h100") -> dict:
+  """Block sizes measured on a device."""
+  folder = importlib.resources.files("pallas_kernels.shared_prefix_attention")
+  return json.loads((folder / "tuned" / f"{device}.json").read_text())
+
+
+def default_tiling(*, page_size: int, num_heads: int, num_kv_heads: int, head_dim: int,
+                   device: str = "nvidia_h100") -> Tiling:
+  """Block sizes for a shape, from the table of a device."""
+  table = tuned(device)
+  by_dim = table["blocks"][str(head_dim)]
+  return Tiling(narrow=Blocks(**by_dim["narrow"]), wide=Blocks(**by_dim["wide"]), num_ctas=table["num_sms"],
+                page_size=page_size, num_heads=num_heads, num_kv_heads=num_kv_heads)
+
+
+def make_schedule(segments, page_indices: jax.Array, positions: jax.Array, *, page_size: int,
+                  num_heads: int, num_kv_heads: int, head_dim: int, max_levels: int = 4,
+                  tiling: Tiling | None = None) -> gpu_schedule.Schedule:
+  """See `shared_prefix_attention.make_schedule`.
+
+  Args:
+    segments: `Segments` of the step.
+    page_indices: i32[I], page lists of all segments.
+    positions: i32[T], -1 is padding.
+    page_size, num_heads, num_kv_heads, head_dim: shapes that `attend` will get.
+    max_levels: the most segments that hold one token; bounds the partial results.
+    tiling: block sizes; the device's tuned ones where None.
+  """
+  reason = why_not(head_dim=head_dim, page_size=page_size, num_heads=num_heads,
+                   num_kv_heads=num_kv_heads, q_dtype=jnp.bfloat16, kv_dtype=jnp.bfloat16)
+  if reason:
+    raise NotImplementedError(reason)
+  if tiling is None:
+    tiling = default_tiling(page_size=page_size, num_heads=num_heads, num_kv_heads=num_kv_heads,
+                            head_dim=head_dim)
+  return gpu_schedule.make_schedule(segments, page_indices, positions, tiling,
+                                    max_levels=max_levels)
+
+
+def attend(q: jax.Array, kv_pages: jax.Array, schedule: gpu_schedule.Schedule, *, scale: float,
+           window: int | None = None, soft_cap: float | None = None,
+           interpret=None) -> tuple[jax.Array, jax.Array]:
+  """See `shared_prefix_attention`. Returns o [T, Q, H] in q's dtype and f32 lse [T, Q].
+
+  `interpret` runs the kernels in the Mosaic GPU interpreter (JAX 0.11 and newer).
+  """
+  tiling = schedule.tiling
+  num_tokens, num_heads, head_dim = q.shape
+  num_kv_heads, page_size = kv_pages.shape[1:3]
+  if (num_heads, num_kv_heads, page_size) != (tiling.num_heads, tiling.num_kv_heads,
+                                               tiling.page_size):
+    raise ValueError(f"the schedule was made for {tiling.num_heads} heads, {tiling.num_kv_heads} "
+                     f"KV heads, pages of {tiling.page_size}; got {num_heads}, {num_kv_heads}, "
+                     f"{page_size}")
+  reason = why_not(head_dim=head_dim, page_size=page_size, num_heads=num_heads,
+                   num_kv_heads=num_kv_heads, q_dtype=q.dtype, kv_dtype=kv_pages.dtype)
+  if reason:
+    raise NotImplementedError(reason)
+  if scale <= 0.0:
+    raise NotImplementedError(f"mosaic_gpu needs a positive scale, got {scale}")
+
+  group, merge = tiling.group, schedule.merge
+  # Row t * G + g of KV head k: a tile of a segment is then 64 rows in one piece.
+  q_rows = q.reshape(num_tokens, num_kv_heads, group, head_dim).swapaxes(0, 1)
+  q_rows = q_rows.reshape(num_kv_heads, num_tokens * group, head_dim)
+  q_rows = jnp.pad(q_rows, ((0, 0), (0, 2 * ROWS), (0, 0)))
+
+  padded = gpu_merge.padded_group(group, head_dim)
+  o = jax.new_ref(lax.empty(q.shape, q.dtype))
+  part = jax.new_ref(lax.empty((merge.slots.shape[0], num_kv_heads, padded, head_dim), jnp.float32))
+  lse = jax.new_ref(lax.empty((num_kv_heads, schedule.items.shape[0] * gpu_schedule.ITEM_ROWS), jnp.float32))
+  kinds = ("wide", "narrow") if num_tokens > tiling.tokens else ("narrow",)
+  for kind in kinds:
+    gpu_kernel.attend_items(q_rows, kv_pages, schedule, o, part, lse, kind=kind, scale=scale,
+                            window=window, soft_cap=soft_cap, interpret=interpret)
+  part, lse = jax.freeze(part), jax.freeze(lse)
+  merged_lse = jax.new_ref(lax.empty((num_tokens, num_heads), jnp.float32))
+  gpu_merge.merge_parts(merge, part.reshape(*part.shape[:2], -1), lse, o, merged_lse,
+                        num_kv_heads=num_kv_heads, group=group, num_ctas=tiling.num_ctas,
+                        interpret=interpret)
+  rows = merge.direct_row[:, None] + jnp.arange(group)
+  direct_lse = lse[:, jnp.maximum(rows, 0)].swapaxes(0, 1).reshape(num_tokens, num_heads)
+  lse2 = jnp.where(merge.direct_row[:, None] >= 0, direct_lse, jax.freeze(merged_lse))
+  return jax.freeze(o), lse2 * math.log(2.0)

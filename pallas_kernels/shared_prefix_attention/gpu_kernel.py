@@ -1,0 +1,353 @@
+"""The Mosaic GPU attention kernel: one launch works through a list of items.
+
+One warpgroup issues TMA loads, the others compute (FlashAttention-3, section 3.1). The
+grid is persistent: CTA c takes works c, 2n - 1 - c, 2n + c, ... of the list, sorted by cost,
+so that the sums come out even. The pipeline runs on across items: K and V stages are
+numbered over the whole list, and the next q tile loads while the last one computes.
+"""
+
+import functools
+import math
+
+import jax
+from jax import lax
+import jax.numpy as jnp
+from jax.experimental import pallas as pl
+from jax.experimental.pallas import mosaic_gpu as plgpu
+
+from pallas_kernels.shared_prefix_attention import gpu_schedule
+from pallas_kernels.shared_prefix_attention.gpu_schedule import ROWS
+
+_LOG2E = math.log2(math.e)
+_NEW_API = jax.__version_info__ >= (0, 11)
+
+
+def load(ref, layout, optimized: bool = True):
+  """Loads a whole reference in a register layout; JAX 0.10 takes an index as well."""
+  index = () if _NEW_API else ((),)
+  return plgpu.load(ref, *index, layout=layout, optimized=optimized)
+
+
+def store(ref, value):
+  """Stores a register array in plain row-major memory, bank conflicts or not."""
+  if hasattr(plgpu, "store"):
+    plgpu.store(ref, value, optimized=False)
+  else:
+    ref[...] = value
+
+
+def transpose(ref):
+  return ref.transpose((1, 0)) if _NEW_API else plgpu.transpose_ref(ref, (1, 0))
+
+
+def columns_of_swizzle(head_dim: int) -> int:
+  """Columns of a bf16 wgmma operand that the widest swizzle covers."""
+  return next(c for c in (64, 32, 16) if head_dim % c == 0)
+
+
+def attend_items(q_rows, kv_pages, schedule: gpu_schedule.Schedule, o_ref, part_ref, lse_ref,
+                 *, kind: str, scale: float, window: int | None, soft_cap: float | None,
+                 interpret=None):
+  """Runs the items of one kind; writes into the given references in place.
+
+  Args:
+    q_rows: [K, T * G + 128, H], row = token * G + head of the group.
+    kv_pages: [A, K, page_size, 2H].
+    schedule: the work list.
+    o_ref: [T, Q, H], receives rows of direct items.
+    part_ref: f32[slots, K, Gp, H], receives rows of all others.
+    lse_ref: f32[K, N * 128], base-2 log-sum-exp of every row of every item.
+    kind: "narrow" or "wide".
+    scale, window, soft_cap: as in `shared_prefix_attention`.
+    interpret: `plgpu.InterpretGPUParams` or None.
+  """
+  tiling = schedule.tiling
+  blocks = getattr(tiling, kind)
+  head_dim, dtype = q_rows.shape[-1], q_rows.dtype
+  warpgroups, sets, block, stages, q_buffers = blocks
+  copies = max(1, block // tiling.page_size) * sets
+  chunk = columns_of_swizzle(head_dim)
+  chunks = head_dim // chunk
+  swizzle = plgpu.SwizzleTransform(chunk * 2)
+  transforms = (plgpu.TilingTransform((8, chunk)), swizzle)
+  kv_smem = plgpu.SMEM((stages, sets, block, head_dim), dtype, transforms=transforms)
+  # Rows leave token by token, so their staging is plain row-major; the columns of a
+  # float32 partial result go out in pieces and take no more room than those of a bf16 tile.
+  width = head_dim if head_dim <= 128 else head_dim // 2
+  # The interpreter keeps the members of a union apart, and would see races between them.
+  union = plgpu.RefUnion if interpret is None else lambda *refs: refs
+  stage = union(plgpu.SMEM((warpgroups, ROWS, width), dtype),
+                plgpu.SMEM((warpgroups, ROWS, width // 2), jnp.float32))
+  # A q tile starts at any row, but a tiled copy only at multiples of 8. One swizzle wide,
+  # both have the same bytes in the same places: copy as rows, multiply as tiles.
+  q_shape = (q_buffers, warpgroups, chunks, ROWS, chunk)
+  q_rows_smem = plgpu.SMEM(q_shape, dtype, transforms=(swizzle,))
+  q_tile_smem = plgpu.SMEM(q_shape, dtype, transforms=transforms)
+  scratch = dict(
+      q_smem=union(q_rows_smem, q_tile_smem),
+      k_smem=kv_smem, v_smem=kv_smem, stage=stage,
+      q_full=plgpu.Barrier(num_arrivals=warpgroups * chunks, num_barriers=q_buffers),
+      q_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=q_buffers),
+      k_full=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+      v_full=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
+      k_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+      v_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
+      v_clean=plgpu.Barrier(num_barriers=stages),
+      turn=plgpu.Barrier(num_arrivals=warpgroups))
+  names = list(scratch)
+
+  def body(*refs):
+    _body(*refs[:9], kind=kind, tiling=tiling, blocks=blocks, scale=scale, window=window,
+          soft_cap=soft_cap, interpreted=interpret is not None, **dict(zip(names, refs[9:])))
+
+  params = {} if interpret is None else {"interpret": interpret}
+  plgpu.kernel(
+      body, out_type=(), scratch_types=[scratch[n] for n in names],
+      grid=(tiling.num_ctas,), grid_names=("cta",),
+      num_threads=warpgroups + 1, thread_name="wg",
+      compiler_params=plgpu.CompilerParams(
+          approx_math=True, unsafe_no_auto_barriers=False,
+          lowering_semantics=plgpu.LoweringSemantics.Lane),
+      **params,
+  )(schedule.items, schedule.ranges, schedule.page_indices, schedule.row_positions, q_rows, kv_pages,
+    o_ref, part_ref, lse_ref)
+
+
+def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_smem, k_smem, v_smem,
+          stage, q_full, q_free, k_full, v_full, k_free, v_free, v_clean, turn, kind,
+          tiling, blocks, scale, window, soft_cap, interpreted):
+  warpgroups, sets, block, stages, q_buffers = blocks
+  group, page_size = tiling.group, tiling.page_size
+  head_dim, dtype = q.shape[-1], q.dtype
+  q_copy, q_tiles = q_smem
+  if interpreted:
+    q_tiles = q_copy
+  chunks, chunk = q_copy.shape[2], q_copy.shape[4]
+  cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
+  head_sets = tiling.num_kv_heads // sets
+  kind = ("narrow", "wide").index(kind)
+  first_item, num_works = ranges[kind, 0], ranges[kind, 1] * head_sets
+  rounds, rest = lax.div(num_works, tiling.num_ctas), lax.rem(num_works, tiling.num_ctas)
+  is_odd = lambda i: lax.rem(i, 2) == 1
+  snake = lambda i: jnp.where(is_odd(i), tiling.num_ctas - 1 - cta, cta)
+  num_rounds = rounds + (snake(rounds) < rest).astype(jnp.int32)
+  shares_kv = warpgroups > 1 and sets == 1
+
+  def read_item(i):
+    """The work of round i: its item, first KV head, and columns."""
+    work = i * tiling.num_ctas + snake(i)
+    item = first_item + lax.div(work, head_sets)
+    return item, lax.rem(work, head_sets) * sets, lambda column: table[item, column]
+
+  def kv_range(column):
+    """Segment offsets [first, end) to read and the number of blocks."""
+    first, kv_start = column(gpu_schedule.KV_BEGIN), column(gpu_schedule.KV_START)
+    end = jnp.minimum(column(gpu_schedule.KV_END), column(gpu_schedule.HIGH) + 1 - kv_start)
+    if window is not None:
+      seen = column(gpu_schedule.LOW) - window + 1 - kv_start
+      first = jnp.maximum(first, lax.div(jnp.maximum(seen, 0), block) * block)
+    return first, end, lax.div(jnp.maximum(end - first, 0) + block - 1, block)
+
+  @pl.when(wg == warpgroups)
+  def _load():
+    plgpu.set_max_registers(40, action="decrease")
+
+    def do_item(i, step):
+      _, head, column = read_item(i)
+      first, end, num_blocks = kv_range(column)
+      page_start = column(gpu_schedule.PAGE_START)
+      last_page = page_start + lax.div(jnp.maximum(end - 1, 0), page_size)
+      buffer = lax.rem(i, q_buffers)
+      pl.when(i >= q_buffers)(lambda: plgpu.barrier_wait(q_free.at[buffer]))
+      token = column(gpu_schedule.TOKEN)
+      for w in range(warpgroups):
+        row = (token if sets > 1 else token + w * tiling.tokens) * group
+        # The second warpgroup of a short tile has no rows; it reads any that exist.
+        row = jnp.minimum(row, q.shape[1] - ROWS)
+        for c in range(chunks):
+          plgpu.copy_gmem_to_smem(
+              q.at[head + (w if sets > 1 else 0), pl.ds(row, ROWS), pl.ds(c * chunk, chunk)],
+              q_copy.at[buffer, w, c], q_full.at[buffer])
+
+      def do_block(b, step):
+        slot = lax.rem(step, stages)
+        offset = first + b * block
+        size = min(block, page_size)
+        # Pages past the item's end are not its own: the last one is read again instead.
+        at = [(pages[jnp.minimum(page_start + lax.div(offset + j * size, page_size), last_page)],
+               lax.rem(offset, page_size) if page_size > block else 0)
+              for j in range(block // size)]
+        for smem, full, free, column0 in ((k_smem, k_full, k_free, 0),
+                                          (v_smem, v_full, v_free, head_dim)):
+          pl.when(step >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
+          for s in range(sets):
+            for j, (page, within) in enumerate(at):
+              plgpu.copy_gmem_to_smem(
+                  kv_pages.at[page, head + s, pl.ds(within, size), pl.ds(column0, head_dim)],
+                  smem.at[slot, s, pl.ds(j * size, size)], full.at[slot])
+        return step + 1
+
+      return lax.fori_loop(0, num_blocks, do_block, step)
+
+    lax.fori_loop(0, num_rounds, do_item, jnp.int32(0))
+
+  @pl.when(wg < warpgroups)
+  def _compute():
+    plgpu.set_max_registers({1: 232, 2: 232}[warpgroups], action="increase")
+    row_layout = plgpu.Layout.WGMMA.reduce(1)
+    kv_set = wg if sets > 1 else 0
+    rows_of = lambda value: plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), row_layout)
+
+    def take_turn():
+      """Lets the other warpgroup use the tensor cores while this one does its softmax."""
+      if shares_kv:
+        plgpu.barrier_arrive(turn)
+        plgpu.barrier_wait(turn)
+
+    def do_item(i, step):
+      item, head, column = read_item(i)
+      head = head + kv_set
+      first, end, num_blocks = kv_range(column)
+      token, kv_start = column(gpu_schedule.TOKEN), column(gpu_schedule.KV_START)
+      low, high = column(gpu_schedule.LOW), column(gpu_schedule.HIGH)
+      token_begin = token if sets > 1 else token + wg * tiling.tokens
+      row = jnp.minimum(token_begin * group, row_positions.shape[0] - ROWS)
+      position = load(row_positions.at[pl.ds(row, ROWS)], row_layout, optimized=False)
+      # Blocks [begin_full, end_full) need no mask.
+      end_full = lax.div(jnp.maximum(jnp.minimum(end, low + 1 - kv_start) - first, 0), block)
+      begin_full = jnp.int32(0)
+      if window is not None:
+        hidden = high - window + 1 - kv_start - first
+        begin_full = lax.div(jnp.maximum(hidden, 0) + block - 1, block)
+      begin_full = jnp.minimum(begin_full, num_blocks)
+      end_full = jnp.clip(end_full, begin_full, num_blocks)
+
+      buffer = lax.rem(i, q_buffers)
+      plgpu.barrier_wait(q_full.at[buffer])
+      if shares_kv:
+        pl.when(wg == 1)(take_turn)
+
+      def do_block(b, carry, *, masked):
+        acc, top, total, step = carry
+        slot = lax.rem(step, stages)
+        plgpu.barrier_wait(k_full.at[slot])
+
+        def multiply_qk(scores):
+          for c in range(chunks):
+            keys = k_smem.at[slot, kv_set, :, pl.ds(c * chunk, chunk)]
+            plgpu.wgmma(scores, q_tiles.at[buffer, wg, c], transpose(keys))
+          take_turn()
+          return scores[...]
+        scores = pl.run_scoped(multiply_qk, plgpu.ACC((ROWS, block), jnp.float32))
+        plgpu.barrier_arrive(k_free.at[slot])
+
+        to_log2 = scale * _LOG2E
+        if soft_cap is not None:
+          scores = jnp.tanh(scores * (scale / soft_cap))
+          to_log2 = soft_cap * _LOG2E
+        if masked:
+          offset = first + b * block
+          lane = plgpu.broadcasted_iota(jnp.int32, (ROWS, block), 1, layout=plgpu.Layout.WGMMA)
+          last = jnp.minimum(position - (kv_start + offset), end - offset - 1)
+          visible = lane <= lax.broadcast_in_dim(last, lane.shape, [0])
+          if window is not None:
+            hidden = position - (kv_start + offset + window)
+            visible &= lane > lax.broadcast_in_dim(hidden, lane.shape, [0])
+          scores = jnp.where(visible, scores, -jnp.inf)
+        new_top = jnp.maximum(top, scores.max(axis=1) * to_log2)
+        # A row that has seen nothing keeps -inf; 0 in its place makes exp2(-inf - 0) = 0.
+        shift = jnp.where(new_top == -jnp.inf, 0.0, new_top) if masked else new_top
+        decay = jnp.exp2(top - shift)
+        probs = jnp.exp2(scores * to_log2 - lax.broadcast_in_dim(shift, scores.shape, [0]))
+        acc *= lax.broadcast_in_dim(decay, acc.shape, [0])
+        total = total * decay + probs.sum(axis=1)
+        probs = probs.astype(dtype)
+        if shares_kv:
+          acc, total, new_top, probs = lax.optimization_barrier((acc, total, new_top, probs))
+          plgpu.barrier_arrive(turn)
+        plgpu.barrier_wait(v_full.at[slot])
+        if masked:
+          clean_tail(slot, end - first - b * block)
+        if shares_kv:
+          plgpu.barrier_wait(turn)
+
+        values = v_smem.at[slot, kv_set]
+        if interpreted:  # the interpreter takes neither wgmma from registers nor run_state
+          acc += jnp.dot(probs, values[...], preferred_element_type=jnp.float32)
+          plgpu.commit_smem()  # such a read, unlike wgmma's, is not ordered with TMA writes
+        else:
+          acc = pl.run_state(lambda ref: plgpu.wgmma(ref, probs, values))(plgpu.ACC.init(acc))
+        plgpu.barrier_arrive(v_free.at[slot])
+        return acc, new_top, total, step + 1
+
+      def clean_tail(slot, length):
+        """Zeroes V past the item's end: its weight is 0, but 0 * NaN is NaN."""
+        @pl.when(length < block)
+        def _():
+          def clean():
+            for begin in range(0, block, ROWS):
+              ref = v_smem.at[slot, kv_set, pl.ds(begin, ROWS)]
+              value = load(ref, plgpu.Layout.WGMMA)
+              line = plgpu.broadcasted_iota(jnp.int32, value.shape, 0, layout=plgpu.Layout.WGMMA)
+              ref[...] = jnp.where(line + begin < length, value, jnp.zeros_like(value))
+            plgpu.commit_smem()
+          if shares_kv:
+            @pl.when(wg == 0)
+            def _():
+              clean()
+              plgpu.barrier_arrive(v_clean.at[slot])
+            pl.when(wg == 1)(lambda: plgpu.barrier_wait(v_clean.at[slot]))
+          else:
+            clean()
+
+      zeros = plgpu.layout_cast(jnp.zeros((ROWS, head_dim), jnp.float32), plgpu.Layout.WGMMA)
+      carry = (zeros, rows_of(-jnp.inf), rows_of(0.0), step)
+      with_mask = functools.partial(do_block, masked=True)
+      if window is not None:
+        carry = lax.fori_loop(0, begin_full, with_mask, carry)
+      carry = lax.fori_loop(begin_full, end_full, functools.partial(do_block, masked=False), carry)
+      acc, top, total, step = lax.fori_loop(end_full, num_blocks, with_mask, carry)
+      if shares_kv:
+        pl.when(wg == 0)(take_turn)
+      plgpu.barrier_arrive(q_free.at[buffer])
+      write(item, head, column, token_begin, acc, top, total)
+      return step
+
+    def write(item, head, column, token_begin, acc, top, total):
+      """Normalises a tile and sends its rows out, token by token."""
+      seen = total > 0.0
+      inverse = jnp.where(seen, 1.0 / jnp.where(seen, total, 1.0), 0.0)
+      acc = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
+      row_lse = jnp.where(seen, top + jnp.log2(jnp.where(seen, total, 1.0)), -jnp.inf)
+      row = item * gpu_schedule.ITEM_ROWS + (0 if sets > 1 else wg * ROWS)
+      lse[head, pl.ds(row, ROWS)] = row_lse
+      slot, token = column(gpu_schedule.SLOT), column(gpu_schedule.TOKEN)
+      count = jnp.clip(token + column(gpu_schedule.NUM_TOKENS) - token_begin, 0, tiling.tokens)
+
+      def send(source, begin, target):
+        """Sends columns [begin, begin + width of the source) of all rows."""
+        width = source.shape[-1]
+        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+        store(source, acc[:, begin:begin + width].astype(source.dtype))
+        plgpu.commit_smem()
+        def send_token(j, _):
+          plgpu.copy_smem_to_gmem(source.at[pl.ds(j * group, group)],
+                                  target(j).at[:, pl.ds(begin, width)], commit_group=False)
+        lax.fori_loop(0, count, send_token, None)
+        plgpu.commit_smem_to_gmem_group()
+
+      o_stage, part_stage = (s.at[wg] for s in stage)
+
+      @pl.when(slot < 0)
+      def _():
+        for begin in range(0, head_dim, o_stage.shape[-1]):
+          send(o_stage, begin, lambda j: o.at[token_begin + j, pl.ds(head * group, group)])
+
+      @pl.when(slot >= 0)
+      def _():
+        first = slot + token_begin - token
+        for begin in range(0, head_dim, part_stage.shape[-1]):
+          send(part_stage, begin, lambda j: part.at[first + j, head, pl.ds(0, group)])
+
+    lax.fori_loop(0, num_rounds, do_item, jnp.int32(0))
+    plgpu.wait_smem_to_gmem(0)

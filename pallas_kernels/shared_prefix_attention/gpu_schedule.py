@@ -1,0 +1,280 @@
+"""Work list of the Mosaic GPU kernels: q tiles of segments, split over KV, sorted by cost.
+
+A *tile* is up to 64 query rows of one KV head per warpgroup, rows in token-major order
+(row = token * group + head of the group). Segments with few rows make *narrow* tiles of
+one warpgroup, the others *wide* tiles of two warpgroups that share the KV they read.
+An *item* is a tile and a range of its segment's KV; every item is taken for all KV heads.
+
+An item that alone covers its tokens writes the output (it is *direct*). All others write
+a partial result per token into a *slot*; the merge reads the slots of each token.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+ROWS = 64  # query rows of a warpgroup's tile: M of wgmma
+
+# Columns of an item row. It holds tokens [TOKEN, TOKEN + NUM_TOKENS), at positions LOW to
+# HIGH, and the KV at offsets [KV_BEGIN, KV_END) of its segment. SLOT is -1 for direct items.
+TOKEN, NUM_TOKENS, PAGE_START, KV_START, KV_BEGIN, KV_END, LOW, HIGH, SLOT = range(9)
+_WIDTH = 16  # a row is two memory sectors
+
+ITEM_ROWS = 2 * ROWS  # rows of the log-sum-exp table that an item owns
+
+_MAX_SPLITS = 32
+_SPLIT_FILL = 4  # splitting may fill the card at most this many times over
+
+
+class Blocks(NamedTuple):
+  """Block sizes of one kind of tile; data of `tuned/<device>.json`.
+
+  Attributes:
+    warpgroups: 64-row tiles that share one KV stream.
+    kv_sets: KV heads a block takes at once, one per warpgroup; 1 where they share one head.
+    kv: KV tokens of a pipeline stage.
+    stages: pipeline stages in shared memory.
+    q_buffers: q tiles in shared memory, so that the next item's loads start early.
+  """
+
+  warpgroups: int
+  kv_sets: int
+  kv: int
+  stages: int
+  q_buffers: int
+
+
+class Tiling(NamedTuple):
+  """Static sizes that shape the compiled kernels."""
+
+  narrow: Blocks
+  wide: Blocks
+  num_ctas: int
+  page_size: int
+  num_heads: int
+  num_kv_heads: int
+
+  @property
+  def group(self) -> int:
+    return self.num_heads // self.num_kv_heads
+
+  @property
+  def tokens(self) -> int:
+    """Tokens of one warpgroup's tile."""
+    return ROWS // self.group
+
+  @property
+  def wide_tokens(self) -> int:
+    return self.wide.warpgroups * self.tokens
+
+
+class Merge(NamedTuple):
+  """Which partial results make up a token.
+
+  Attributes:
+    tokens: i32[T], tokens that the merge writes, in use first.
+    num_tokens: i32[1].
+    starts: i32[T + 1], range of each token in the two lists below.
+    slots: i32[C], slots ordered by token.
+    lse_rows: i32[C], row of the log-sum-exp table of each.
+    direct_row: i32[T], row of that table for a token with a direct item, else -1.
+  """
+
+  tokens: jax.Array
+  num_tokens: jax.Array
+  starts: jax.Array
+  slots: jax.Array
+  lse_rows: jax.Array
+  direct_row: jax.Array
+
+
+class Schedule(NamedTuple):
+  """Work list of a step; shared by all layers.
+
+  Attributes:
+    items: i32[N, 16], narrow items first, each kind by falling cost.
+    ranges: i32[2, 2], first item and number of items of the narrow and of the wide kind.
+    merge: how partial results combine.
+    page_indices: i32[I].
+    row_positions: i32[T * G + 128], position of each query row, -1 in the padding.
+    tiling: static.
+  """
+
+  items: jax.Array
+  ranges: jax.Array
+  merge: Merge
+  page_indices: jax.Array
+  row_positions: jax.Array
+  tiling: Tiling
+
+
+jax.tree_util.register_static(Tiling)
+
+
+def make_schedule(segments, page_indices: jax.Array, positions: jax.Array, tiling: Tiling, *,
+                  max_levels: int) -> Schedule:
+  """Builds the work list from device arrays, in static shapes.
+
+  Args:
+    segments: `Segments` of the step.
+    page_indices: i32[I], page lists of all segments.
+    positions: i32[T], -1 is padding.
+    tiling: static sizes.
+    max_levels: segments that may hold one token at most.
+  """
+  num_tokens = positions.shape[0]
+  table, is_wide = _split(*_tiles(segments, positions, tiling, max_levels), tiling)
+  num_items, used = table.shape[0], table[:, NUM_TOKENS] > 0
+
+  # Tokens that only one item covers are written by that item itself.
+  token, inside = _tokens(table, tiling)
+  cover = _cover(table, num_tokens, used)
+  direct = used & ~jnp.any(inside & jnp.take(cover != 1, token, mode="clip"), axis=1)
+  todo = (_cover(table, num_tokens, used & ~direct) > 0) | (cover == 0)
+
+  size = jnp.where(direct, 0, table[:, NUM_TOKENS])
+  table = table.at[:, SLOT].set(jnp.where(direct, -1, jnp.cumsum(size) - size))
+  extra = _extra_items(tiling)
+  capacity = min(num_items * tiling.wide_tokens,
+                 max_levels * num_tokens + extra * (tiling.tokens + tiling.wide_tokens))
+  item, local, here = _expand(size, capacity)
+  token_of = jnp.where(here, table[item, TOKEN] + local, num_tokens)
+  lse_row = (item * ITEM_ROWS + _row(local, tiling)).astype(jnp.int32)
+  slots = jnp.arange(capacity, dtype=jnp.int32)
+  token_of, slots, lse_row = jax.lax.sort((token_of, slots, lse_row), num_keys=1)
+  counts = jnp.zeros((num_tokens,), jnp.int32).at[token_of].add(1, mode="drop")
+
+  own_row = jnp.arange(num_items)[:, None] * ITEM_ROWS + _row(jnp.arange(tiling.wide_tokens), tiling)
+  direct_row = jnp.full((num_tokens,), -1, jnp.int32)
+  direct_row = direct_row.at[jnp.where(inside & direct[:, None], token, num_tokens)].set(
+      own_row.astype(jnp.int32), mode="drop")
+
+  num_narrow = jnp.sum(used & ~is_wide, dtype=jnp.int32)
+  num_wide = jnp.sum(used & is_wide, dtype=jnp.int32)
+  todo_first = jnp.nonzero(todo, size=num_tokens, fill_value=0)[0]
+  return Schedule(
+      items=table,
+      ranges=jnp.stack([jnp.stack([jnp.int32(0), num_narrow]), jnp.stack([num_narrow, num_wide])]),
+      merge=Merge(
+          tokens=todo_first.astype(jnp.int32),
+          num_tokens=jnp.sum(todo, dtype=jnp.int32)[None],
+          starts=jnp.pad(jnp.cumsum(counts, dtype=jnp.int32), (1, 0)),
+          slots=slots, lse_rows=lse_row, direct_row=direct_row),
+      page_indices=page_indices.astype(jnp.int32),
+      row_positions=_row_positions(positions, tiling),
+      tiling=tiling)
+
+
+def advance(schedule: Schedule, positions: jax.Array) -> Schedule:
+  """The same work list for new positions: the next step of a decode loop.
+
+  Made once with the `kv_len` that the loop ends with, a schedule serves every step of the
+  loop: what a token sees is cut off at its position.
+  """
+  low, high = _extent(schedule.items, positions, schedule.tiling)
+  items = schedule.items.at[:, LOW].set(low).at[:, HIGH].set(high)
+  return schedule._replace(items=items, row_positions=_row_positions(positions, schedule.tiling))
+
+
+def _row_positions(positions, tiling: Tiling):
+  return jnp.pad(jnp.repeat(positions.astype(jnp.int32), tiling.group), (0, 2 * ROWS),
+                 constant_values=-1)
+
+
+def _extra_items(tiling: Tiling) -> int:
+  """Most items that splitting adds per kind: `_split` stops at _SPLIT_FILL works per CTA."""
+  sets = max(tiling.narrow.kv_sets, tiling.wide.kv_sets)
+  return _SPLIT_FILL * tiling.num_ctas * sets // tiling.num_kv_heads + 1
+
+
+def _row(local, tiling: Tiling):
+  """Row, inside an item, of its token number `local`: warpgroups start at multiples of 64."""
+  return local // tiling.tokens * ROWS + local % tiling.tokens * tiling.group
+
+
+def _expand(counts: jax.Array, capacity: int):
+  """Owner, index within the owner, and validity of each unit when owner i has counts[i]."""
+  starts = jnp.cumsum(counts) - counts
+  owner = jnp.zeros((capacity,), jnp.int32).at[starts].add(1, mode="drop")
+  owner = jnp.cumsum(owner) - 1
+  unit = jnp.arange(capacity, dtype=jnp.int32)
+  return owner, unit - starts[owner], unit < jnp.sum(counts)
+
+
+def _tokens(table: jax.Array, tiling: Tiling):
+  """Tokens of each item, [N, most tokens of an item], and which of them are its own."""
+  lane = jnp.arange(tiling.wide_tokens, dtype=jnp.int32)
+  return table[:, TOKEN, None] + lane, lane < table[:, NUM_TOKENS, None]
+
+
+def _extent(table: jax.Array, positions: jax.Array, tiling: Tiling):
+  """Least and greatest position of each item."""
+  token, inside = _tokens(table, tiling)
+  position = jnp.take(positions.astype(jnp.int32), token, mode="clip")
+  low = jnp.where(inside, position, jnp.iinfo(jnp.int32).max).min(axis=1)
+  return low, jnp.where(inside, position, -1).max(axis=1)
+
+
+def _tiles(segments, positions: jax.Array, tiling: Tiling, max_levels: int):
+  """i32[., 16] with one row per q tile, holding all KV of its segment; and which are wide."""
+  num_tokens, num_segments = positions.shape[0], segments.q_len.shape[0]
+  used = (segments.q_len > 0) & (segments.kv_len > 0)
+  wide = segments.q_len > tiling.tokens
+  num_tiles = jnp.where(wide, -(-segments.q_len // tiling.wide_tokens), 1)
+  capacity = num_segments + max_levels * (num_tokens // tiling.wide_tokens)
+  owner, local, here = _expand(jnp.where(used, num_tiles, 0), capacity)
+  segment = jax.tree.map(lambda x: x[owner].astype(jnp.int32), segments)
+  step = jnp.where(wide[owner], tiling.wide_tokens, tiling.tokens)
+  token = segment.q_start + local * step
+  num = jnp.where(here, jnp.minimum(step, segment.q_start + segment.q_len - token), 0)
+  zero = jnp.zeros_like(token)
+  table = [token, num, segment.page_start, segment.kv_start, zero, segment.kv_len, zero, zero, zero]
+  table = jnp.stack(table + [zero] * (_WIDTH - len(table)), axis=1)
+  low, high = _extent(table, positions, tiling)
+  return table.at[:, LOW].set(low).at[:, HIGH].set(high), wide[owner]
+
+
+def _split(tiles: jax.Array, is_wide: jax.Array, tiling: Tiling):
+  """Cuts tiles along KV where that evens out the load of the card; sorts by kind and cost.
+
+  With W works of the largest cost in the list, s cuts of each take
+  ceil(W * s / num_ctas) / s rounds; the best s decides the largest item.
+  """
+  size = jnp.where(is_wide, tiling.wide.kv, tiling.narrow.kv)
+  visible = jnp.clip(tiles[:, HIGH] + 1 - tiles[:, KV_START], 0, tiles[:, KV_END])
+  blocks = jnp.where(tiles[:, NUM_TOKENS] > 0, -(-visible // size), 0)
+  cuts = jnp.arange(1, _MAX_SPLITS + 1)
+  target = jnp.zeros_like(blocks)
+  for kind, sets in ((False, tiling.narrow.kv_sets), (True, tiling.wide.kv_sets)):
+    mine = jnp.where(is_wide == kind, blocks, 0)
+    largest = jnp.maximum(mine.max(), 1)
+    works = jnp.sum(mine) * (tiling.num_kv_heads // sets) / largest
+    rounds = jnp.ceil(works * cuts / tiling.num_ctas) / cuts * (1.0 + 0.01 * cuts)
+    allowed = (works * cuts <= _SPLIT_FILL * tiling.num_ctas) & (largest >= 4 * cuts)
+    rounds = jnp.where(allowed | (cuts == 1), rounds, jnp.inf)
+    target = jnp.where(is_wide == kind, -(-largest // cuts[jnp.argmin(rounds)]), target)
+
+  parts = -(-blocks // target)
+  length = -(-blocks // jnp.maximum(parts, 1))
+  parts = -(-blocks // jnp.maximum(length, 1))  # rounding can leave the last part empty
+  owner, local, here = _expand(parts, tiles.shape[0] + 2 * _extra_items(tiling))
+  cost = jnp.where(here, jnp.minimum(length[owner], blocks[owner] - local * length[owner]), 0)
+  # Unused rows last: after the wide items, as if of a third kind.
+  kind = jnp.where(here, is_wide[owner].astype(jnp.int32), 2)
+  _, _, owner, local, here = jax.lax.sort((kind, -cost, owner, local, here), num_keys=2)
+  table, step = tiles[owner], (length * size)[owner]
+  begin = local * step
+  # The last part keeps all the rest, so that positions may advance into it.
+  end = jnp.where(local + 1 == parts[owner], table[:, KV_END],
+                  jnp.minimum(table[:, KV_END], begin + step))
+  table = table.at[:, KV_BEGIN].set(begin).at[:, KV_END].set(end)
+  return jnp.where(here[:, None], table, 0), is_wide[owner]
+
+
+def _cover(table: jax.Array, num_tokens: int, which: jax.Array) -> jax.Array:
+  """i32[T]: items among `which` that hold each token."""
+  one = jnp.where(which, 1, 0)
+  steps = jnp.zeros((num_tokens + 1,), jnp.int32)
+  steps = steps.at[table[:, TOKEN]].add(one).at[table[:, TOKEN] + table[:, NUM_TOKENS]].add(-one)
+  return jnp.cumsum(steps)[:num_tokens]

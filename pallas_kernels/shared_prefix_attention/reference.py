@@ -1,0 +1,181 @@
+"""The XLA implementation: runs everywhere, bounded memory, the standard for the others.
+
+Work comes in two kinds. *Tiles* are blocks of tokens of one segment: a shared
+prefix with its n rows is one dense product of n * G query rows, its KV gathered
+once per tile. *Rows* are segments with one token (decode rows on their own KV),
+taken many at a time as a batched product. Both walk the KV in blocks with the
+online softmax, so no more than one block of scores exists at a time.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+_NEG_INF = float("-inf")
+
+
+class Tiling(NamedTuple):
+  """Block sizes in tokens (`q`, `kv` of tiles, `row_kv` of rows) and in rows (`rows`)."""
+
+  q: int = 128
+  kv: int = 512
+  rows: int = 32
+  row_kv: int = 64
+
+
+class Schedule(NamedTuple):
+  """Work list of a step.
+
+  Attributes:
+    tile_ends: i32[S], tiles of this and all earlier segments; one-token segments have none.
+    num_rows: i32[], one-token segments.
+    row_segment: i32[S], their indices, in use first.
+    segments: the step's segments.
+    page_indices: i32[I + pages of the largest block], padded so that a block may overrun.
+    positions: i32[T + q block], padded likewise.
+    tiling: block sizes, static.
+  """
+
+  tile_ends: jax.Array
+  num_rows: jax.Array
+  row_segment: jax.Array
+  segments: NamedTuple
+  page_indices: jax.Array
+  positions: jax.Array
+  tiling: Tiling
+
+
+# Block sizes are Python numbers that shape the compiled loop, so they travel as static data.
+jax.tree_util.register_static(Tiling)
+
+
+def make_schedule(segments, page_indices: jax.Array, positions: jax.Array, *, page_size: int,
+                  tiling: Tiling = Tiling()) -> Schedule:
+  """See `shared_prefix_attention.make_schedule`."""
+  num_tokens, num_segments = positions.shape[0], segments.q_len.shape[0]
+  whole_pages = lambda block: -(-block // page_size) * page_size
+  tiling = Tiling(min(tiling.q, num_tokens), whole_pages(tiling.kv),
+                  min(tiling.rows, num_segments), whole_pages(tiling.row_kv))
+
+  used = segments.kv_len > 0
+  tiles = jnp.where(used & (segments.q_len > 1), -(-segments.q_len // tiling.q), 0)
+  is_row = used & (segments.q_len == 1)
+  overrun = max(tiling.kv, tiling.row_kv) // page_size
+  return Schedule(
+      tile_ends=jnp.cumsum(tiles),
+      num_rows=jnp.sum(is_row),
+      row_segment=jnp.argsort(~is_row, stable=True).astype(jnp.int32),
+      segments=segments,
+      page_indices=jnp.pad(page_indices, (0, overrun)),
+      positions=jnp.pad(positions, (0, tiling.q), constant_values=-1),
+      tiling=tiling)
+
+
+def attend(q: jax.Array, kv_pages: jax.Array, schedule: Schedule, *, scale: float,
+           window: int | None = None,
+           soft_cap: float | None = None) -> tuple[jax.Array, jax.Array]:
+  """See `shared_prefix_attention`. Returns float32 o [T, Q, H] and lse [T, Q]."""
+  num_tokens, num_heads, head_dim = q.shape
+  num_kv_heads, page_size = kv_pages.shape[1:3]
+  group = num_heads // num_kv_heads
+  tiling, segments = schedule.tiling, schedule.segments
+  q = q.reshape(num_tokens, num_kv_heads, group, head_dim)
+  q = jnp.pad(q, ((0, tiling.q), (0, 0), (0, 0), (0, 0)))
+
+  def accumulate(state, q, kv, visible):
+    """One online-softmax step. q [..., M, H], kv [..., C, 2H], visible [..., M, C]."""
+    acc, top, total = state
+    keys, values = jnp.split(kv, 2, axis=-1)
+    scores = jnp.einsum("...mh,...ch->...mc", q, keys, preferred_element_type=jnp.float32) * scale
+    if soft_cap is not None:
+      scores = soft_cap * jnp.tanh(scores / soft_cap)
+    scores = jnp.where(visible, scores, _NEG_INF)
+    new_top = jnp.maximum(top, scores.max(axis=-1))
+    shift = jnp.where(new_top == _NEG_INF, 0.0, new_top)  # nothing seen yet: exp(-inf - 0) = 0
+    probs = jnp.exp(scores - shift[..., None])
+    decay = jnp.exp(top - shift)
+    # A slot that nobody may read can hold NaN, and 0 * NaN is NaN.
+    values = jnp.where(visible.any(axis=-2)[..., None], values.astype(jnp.float32), 0.0)
+    acc = acc * decay[..., None] + jnp.einsum("...mc,...ch->...mh", probs, values)
+    return acc, new_top, total * decay + probs.sum(axis=-1)
+
+  def gather(page_start, block, block_len):
+    """KV [K, block_len, 2H] of block number `block` of a page list."""
+    num_pages = block_len // page_size
+    pages = jax.lax.dynamic_slice_in_dim(
+        schedule.page_indices, page_start + block * num_pages, num_pages)
+    kv = jnp.take(kv_pages, pages, axis=0, mode="clip")
+    return kv.swapaxes(0, 1).reshape(num_kv_heads, block_len, 2 * head_dim)
+
+  def sees(kv_start, kv_len, block_start, block_len, positions):
+    """bool[..., block_len]: which KV of a block the token at `positions[...]` may read."""
+    offset = block_start + jnp.arange(block_len)
+    kv_position = kv_start + offset
+    positions = positions[..., None]
+    seen = (offset < kv_len) & (kv_position <= positions)
+    return seen if window is None else seen & (kv_position > positions - window)
+
+  def block_range(kv_start, kv_len, low, high, block_len):
+    """Blocks that hold KV visible from positions low..high."""
+    stop = -(-jnp.clip(high + 1 - kv_start, 0, kv_len) // block_len)
+    if window is None:
+      return jnp.zeros_like(stop), stop
+    return jnp.clip(low - window + 1 - kv_start, 0, None) // block_len, stop
+
+  def do_tile(tile, state):
+    index = jnp.sum(schedule.tile_ends <= tile)
+    segment = jax.tree.map(lambda x: x[index], segments)
+    first_tile = jnp.where(index > 0, schedule.tile_ends[index - 1], 0)
+    start = segment.q_start + (tile - first_tile) * tiling.q
+    token = start + jnp.arange(tiling.q)
+    here = jax.lax.dynamic_slice_in_dim(schedule.positions, start, tiling.q)
+    here = jnp.where(token < segment.q_start + segment.q_len, here, -1)
+    q_tile = jax.lax.dynamic_slice_in_dim(q, start, tiling.q)
+    q_tile = q_tile.transpose(1, 0, 2, 3).reshape(num_kv_heads, tiling.q * group, head_dim)
+    first, stop = block_range(segment.kv_start, segment.kv_len,
+                              jnp.where(here < 0, jnp.iinfo(jnp.int32).max, here).min(),
+                              here.max(), tiling.kv)
+    part = [jax.lax.dynamic_slice_in_dim(x, start, tiling.q, axis=1) for x in state]
+    part = [x.reshape(num_kv_heads, tiling.q * group, *x.shape[3:]) for x in part]
+
+    def do_block(block, part):
+      visible = sees(segment.kv_start, segment.kv_len, block * tiling.kv, tiling.kv, here)
+      visible = jnp.repeat(visible, group, axis=0)[None]
+      return accumulate(part, q_tile, gather(segment.page_start, block, tiling.kv), visible)
+
+    part = jax.lax.fori_loop(first, stop, do_block, tuple(part))
+    part = [x.reshape(num_kv_heads, tiling.q, group, *x.shape[2:]) for x in part]
+    return tuple(jax.lax.dynamic_update_slice_in_dim(x, y, start, axis=1)
+                 for x, y in zip(state, part))
+
+  def do_rows(block, state):
+    row = block * tiling.rows + jnp.arange(tiling.rows)
+    live = row < schedule.num_rows
+    index = jnp.take(schedule.row_segment, row, mode="clip")
+    segment = jax.tree.map(lambda x: x[index], segments)
+    here = jnp.where(live, jnp.take(schedule.positions, segment.q_start, mode="clip"), -1)
+    q_rows = jnp.take(q, segment.q_start, axis=0, mode="clip")
+    first, stop = block_range(segment.kv_start, segment.kv_len, here, here, tiling.row_kv)
+    stop = jnp.where(live, stop, 0)
+    first = jnp.where(live & (first < stop), first, jnp.iinfo(jnp.int32).max)
+    part = tuple(jnp.take(x, segment.q_start, axis=1, mode="clip").swapaxes(0, 1) for x in state)
+
+    def do_block(kv_block, part):
+      kv = jax.vmap(gather, (0, None, None))(segment.page_start, kv_block, tiling.row_kv)
+      visible = sees(segment.kv_start[:, None], segment.kv_len[:, None], kv_block * tiling.row_kv,
+                     tiling.row_kv, here)
+      return accumulate(part, q_rows, kv, visible[:, None, None])
+
+    part = jax.lax.fori_loop(first.min(), stop.max(), do_block, part)
+    token = jnp.where(live, segment.q_start, num_tokens + tiling.q)
+    return tuple(x.at[:, token].set(y.swapaxes(0, 1), mode="drop") for x, y in zip(state, part))
+
+  shape = (num_kv_heads, num_tokens + tiling.q, group)
+  state = (jnp.zeros((*shape, head_dim), jnp.float32), jnp.full(shape, _NEG_INF), jnp.zeros(shape))
+  state = jax.lax.fori_loop(0, schedule.tile_ends[-1], do_tile, state)
+  state = jax.lax.fori_loop(0, -(-schedule.num_rows // tiling.rows), do_rows, state)
+  acc, top, total = (x[:, :num_tokens].swapaxes(0, 1) for x in state)
+  o = acc / jnp.where(total == 0.0, 1.0, total)[..., None]
+  lse = top + jnp.log(jnp.where(total == 0.0, 1.0, total))
+  return o.reshape(num_tokens, num_heads, head_dim), lse.reshape(num_tokens, num_heads)

@@ -1,0 +1,62 @@
+"""Completes a file of requests.
+
+    python scripts/run.py --config=configs/smollm2_135m.py --input=requests.jsonl \
+        --output=completions.jsonl
+
+Any field of the configuration can be set: --config.engine.max_rows=32. The same
+command again resumes a job that was stopped. Bad rows go to the error file.
+"""
+
+import sys
+
+from absl import app
+from absl import flags
+from ml_collections import config_flags
+
+from batchjax import runner
+from batchjax.config import ConfigError, JobConfig, from_config_dict
+from batchjax.io.records import InputError
+from batchjax.io.journal import JournalError
+from batchjax.job import JobError
+from batchjax.prepare import BadRow
+from batchjax.report import summarize, to_text
+from batchjax.weights import WeightError
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.")
+_INPUT = flags.DEFINE_string("input", None, "Requests: .jsonl, .jsonl.gz or .parquet.",
+                             required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "Completions: likewise.", required=True)
+_ERRORS = flags.DEFINE_string("errors", None, "Bad rows; <output stem>.errors.jsonl if left out.")
+_QUIET = flags.DEFINE_bool("quiet", False, "Show neither progress nor the closing report.")
+_STRICT = flags.DEFINE_bool("strict", False, "Stop at the first bad row, before the model loads.")
+
+USER_ERRORS = (ConfigError, InputError, JobError, JournalError, BadRow, WeightError, OSError)
+
+
+def main(argv: list[str]) -> int:
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  try:
+    values = _CONFIG.value.to_dict()
+    values["strict"] |= _STRICT.value
+    config = from_config_dict(JobConfig, values)
+    finished = runner.run(config, _INPUT.value, _OUTPUT.value, error_path=_ERRORS.value,
+                          quiet=_QUIET.value)
+  except runner.Interrupted:
+    print(f"\nstopped; finished rows are kept in {_OUTPUT.value}.job: run the same command again "
+          "to go on", file=sys.stderr)
+    return 130
+  except USER_ERRORS as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  if not _QUIET.value:
+    print(to_text(summarize(f"{_OUTPUT.value}.job")))
+    print(f"\n{finished} -> {_OUTPUT.value}")
+    if finished.num_errors:
+      print(f"bad rows are explained in {_ERRORS.value or runner.default_error_path(_OUTPUT.value)}")
+  return 0
+
+
+if __name__ == "__main__":
+  flags.mark_flag_as_required("config")
+  app.run(main)

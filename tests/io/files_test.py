@@ -1,0 +1,91 @@
+"""Output files: every format, whole or not at all, the same bytes every time."""
+
+import gzip
+import json
+import os
+
+import pyarrow.parquet as pq
+import pytest
+
+from batchjax.io import files
+from batchjax.io.records import InputError, read
+
+PLAIN = [{"id": "a", "text": "é\u2028\n", "finish_reason": "stop", "usage": {"prompt_tokens": 2}},
+         {"id": "b", "choices": [{"index": 0, "text": "x", "token_ids": [1, 2]}],
+          "prompt_logprobs": [{"token_id": 1, "token": "t", "logprob": None},
+                              {"token_id": 2, "token": "u", "logprob": -0.5, "top_logprobs": [
+                                  {"token_id": 3, "token": "v", "logprob": -0.25}]}]}]
+BATCH = [{"id": "i", "custom_id": "c", "error": None, "response": {
+    "status_code": 200, "request_id": "r", "body": {
+        "id": "j", "object": "text_completion", "created": 0, "model": "m",
+        "choices": [{"index": 0, "text": "x", "finish_reason": "length", "logprobs": {
+            "tokens": ["a"], "token_logprobs": [None], "top_logprobs": [None, {"b": -1.0}],
+            "text_offset": [0]}}]}}}]
+ERROR = [{"id": "i", "custom_id": None,
+          "error": {"code": "c", "message": "m", "param": None, "row": 3},
+          "response": {"status_code": 400, "request_id": "r", "body": {"error": {"code": "c"}}}}]
+
+
+def pruned(value):
+  """Without the nulls that a Parquet column shows for absent fields."""
+  if isinstance(value, dict):
+    return {k: pruned(v) for k, v in value.items() if v is not None}
+  return [pruned(v) for v in value] if isinstance(value, list) else value
+
+
+@pytest.mark.parametrize("name", ["o.jsonl", "o.jsonl.gz", "o.parquet"])
+@pytest.mark.parametrize("rows", [PLAIN, BATCH, ERROR, PLAIN + BATCH, BATCH * 3000])
+def test_round_trip_and_equal_bytes(tmp_path, name, rows):
+  files.write_rows(tmp_path / name, rows)
+  first = (tmp_path / name).read_bytes()
+  assert pruned([record.value for record in read(tmp_path / name)]) == pruned(rows)
+  files.write_rows(tmp_path / name, iter(rows) if "jsonl" in name else rows)
+  assert (tmp_path / name).read_bytes() == first
+  assert os.listdir(tmp_path) == [name]
+
+
+def test_jsonl_is_one_compact_object_per_line(tmp_path):
+  files.write_rows(tmp_path / "o.jsonl", PLAIN[:1])
+  assert (tmp_path / "o.jsonl").read_text("utf-8") == (
+      '{"id":"a","text":"é\u2028\\n","finish_reason":"stop","usage":{"prompt_tokens":2}}\n')
+
+
+def test_gzip_header_holds_no_time_and_no_name(tmp_path):
+  files.write_rows(tmp_path / "o.jsonl.gz", PLAIN)
+  data = (tmp_path / "o.jsonl.gz").read_bytes()
+  assert data[3] == 0 and data[4:8] == bytes(4)
+  assert json.loads(gzip.decompress(data).splitlines()[0]) == PLAIN[0]
+
+
+def test_no_rows(tmp_path):
+  for name in ("o.jsonl", "o.jsonl.gz", "o.parquet"):
+    files.write_rows(tmp_path / name, [])
+  assert (tmp_path / "o.jsonl").read_bytes() == b""
+  assert gzip.decompress((tmp_path / "o.jsonl.gz").read_bytes()) == b""
+  assert pq.read_table(tmp_path / "o.parquet").num_rows == 0
+
+
+def test_plain_parquet_has_plain_columns(tmp_path):
+  files.write_rows(tmp_path / "o.parquet", PLAIN)
+  assert pq.read_schema(tmp_path / "o.parquet").names == [
+      "id", "text", "finish_reason", "token_ids", "logprobs", "choices", "prompt_logprobs", "usage"]
+
+
+@pytest.mark.parametrize("name", ["o.jsonl", "o.jsonl.gz", "o.parquet"])
+def test_a_failure_keeps_the_old_file_and_no_other(tmp_path, name):
+  (tmp_path / name).write_bytes(b"old")
+  with pytest.raises((ValueError, TypeError)):
+    files.write_rows(tmp_path / name, [PLAIN[0], PLAIN[0] | {"usage": float("nan")}])
+  assert (tmp_path / name).read_bytes() == b"old"
+  assert os.listdir(tmp_path) == [name]
+
+
+def test_check_output(tmp_path):
+  (tmp_path / "d.jsonl").mkdir()
+  for path, told in [(tmp_path / "o.txt", "must be one of"), ("gs://b/o.jsonl", "local paths only"),
+                     (tmp_path / "d.jsonl", "is a directory"),
+                     (tmp_path / "no" / "o.jsonl", "its directory does not exist")]:
+    with pytest.raises(InputError, match=told) as e:
+      files.check_output(path)
+    assert str(path) in str(e.value)
+  files.check_output(tmp_path / "o.jsonl")

@@ -1,0 +1,160 @@
+"""Reading rows: formats, damage, and what users are told."""
+
+import collections
+import gzip
+import itertools
+import json
+import tracemalloc
+
+from hypothesis import given, settings, strategies as st
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from batchjax.io import records
+
+ROWS = [{"id": "a", "prompt": "héllo\u2028"}, {"id": "b", "messages": [{"role": "user"}]}]
+
+
+def write(tmp_path, name, data):
+  path = tmp_path / name
+  path.write_bytes(data)
+  return path
+
+
+def jsonl(rows):
+  return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows).encode()
+
+
+@pytest.mark.parametrize("end", [b"\n", b"\r\n", b""])
+def test_jsonl_and_gzip_round_trip(tmp_path, end):
+  data = end.join(jsonl([row]).rstrip() for row in ROWS) + end if end else jsonl(ROWS).rstrip()
+  for path in (write(tmp_path, "in.jsonl", data),
+               write(tmp_path, "in.jsonl.gz", gzip.compress(data))):
+    got = list(records.read(path))
+    assert [(r.index, r.row, r.value) for r in got] == [(0, 1, ROWS[0]), (1, 2, ROWS[1])]
+
+
+def test_parquet_drops_nulls_at_every_depth(tmp_path):
+  rows = [{"id": "a", "prompt": "x", "temperature": None, "messages": None},
+          {"id": "b", "messages": [{"role": "user", "content": "q", "name": None},
+                                   {"role": "user", "content": "q", "name": "n"}]}]
+  path = tmp_path / "in.parquet"
+  schema = pa.schema({"id": pa.string(), "prompt": pa.string(), "temperature": pa.float64(),
+                      "messages": pa.list_(pa.struct({"role": pa.string(), "content": pa.string(),
+                                                      "name": pa.string()})),
+                      "logit_bias": pa.map_(pa.string(), pa.float64())})
+  rows[1]["logit_bias"] = {"5": 1.0}
+  pq.write_table(pa.Table.from_pylist(rows, schema), path)
+  first, second = records.read(path)
+  assert first.value == {"id": "a", "prompt": "x"}
+  assert second.row == 2
+  assert second.value["messages"][0] == {"role": "user", "content": "q"}
+  assert second.value["logit_bias"] == {"5": 1.0}
+
+
+def test_blank_lines_count_in_row_but_not_in_index(tmp_path):
+  got = list(records.read(write(tmp_path, "in.jsonl", b'\n{"id":"a"}\n  \n\n{"id":"b"}\n\n')))
+  assert [(r.index, r.row) for r in got] == [(0, 2), (1, 5)]
+
+
+def test_byte_order_mark_is_skipped(tmp_path):
+  [record] = records.read(write(tmp_path, "in.jsonl", b'\xef\xbb\xbf{"id":"a"}\n'))
+  assert record.value == {"id": "a"}
+
+
+@pytest.mark.parametrize("line, told", [
+    (b'{"id": "a", }', "not valid JSON at column 13"),
+    (b'{"id": "a"', "not valid JSON at column 11"),
+    (b'{"id": "a"} {"id": "b"}', "not valid JSON at column 13"),
+    (b'{"id": "\xff"}', "byte 9 of the line is not valid UTF-8: save the file as UTF-8"),
+    (b'{"id": "\\ud800"}', "half of a surrogate pair"),
+    (b'[1, 2]', "holds a list, not an object"),
+    (b'"text"', "holds a string, not an object"),
+    (b'17', "holds a number"),
+    (b'true', "holds true or false"),
+    (b'null', "holds null"),
+    (b'{"a":' * 100_000, "nested too deeply"),
+    (b'{"n": ' + b"9" * 5000 + b"}", "number that cannot be read"),
+])
+def test_a_bad_line_is_one_error_between_good_ones(tmp_path, line, told):
+  path = write(tmp_path, "in.jsonl", b'{"id":"a"}\n' + line + b'\n{"id":"b"}\n')
+  before, bad, after = records.read(path)
+  assert (before.value, after.value) == ({"id": "a"}, {"id": "b"})
+  assert told in bad.value.message
+  assert ": " in bad.value.message  # what is wrong, then the remedy
+  assert (bad.value.index, bad.value.row, bad.value.code) == (1, 2, "invalid_json")
+  assert str(bad.value).startswith("row 2: ")
+
+
+def test_an_escaped_surrogate_pair_is_whole(tmp_path):
+  [record] = records.read(write(tmp_path, "in.jsonl", b'{"id": "\\ud83d\\ude00"}\n'))
+  assert record.value == {"id": "😀"}
+
+
+@pytest.mark.parametrize("name", ["in.json", "in.csv", "in.gz", "jsonl", "in"])
+def test_unknown_suffix(tmp_path, name):
+  with pytest.raises(records.InputError, match="must be one of .jsonl, .jsonl.gz, .parquet"):
+    records.read(write(tmp_path, name, b"{}"))
+
+
+def test_paths_that_cannot_be_read(tmp_path):
+  (tmp_path / "dir.jsonl").mkdir()
+  for name, told in [("no.jsonl", "does not exist"), ("dir.jsonl", "is a directory")]:
+    with pytest.raises(records.InputError, match=told) as e:
+      records.read(tmp_path / name)
+    assert str(tmp_path / name) in str(e.value)
+  with pytest.raises(records.InputError, match="use a local path, gs:// or s3://"):
+    records.read("http://host/in.jsonl")
+
+
+def test_empty_file_fails_at_once_and_blank_file_while_reading(tmp_path):
+  with pytest.raises(records.InputError, match="is empty"):
+    records.read(write(tmp_path, "in.jsonl", b""))
+  with pytest.raises(records.InputError, match="holds no rows"):
+    list(records.read(write(tmp_path, "in.jsonl", b"\n \n")))
+  pq.write_table(pa.table({"id": pa.array([], pa.string())}), tmp_path / "in.parquet")
+  with pytest.raises(records.InputError, match="holds no rows"):
+    list(records.read(tmp_path / "in.parquet"))
+
+
+@pytest.mark.parametrize("damage", [lambda data: data[:-20], lambda data: data[:30] + b"\0" * 40,
+                                    lambda data: b"plain text"])
+def test_damaged_gzip_names_the_file(tmp_path, damage):
+  data = gzip.compress(jsonl(ROWS * 50), mtime=0)
+  with pytest.raises(records.InputError, match="in.jsonl.gz is not a whole gzip file"):
+    list(records.read(write(tmp_path, "in.jsonl.gz", damage(data))))
+
+
+def test_damaged_parquet_names_the_file(tmp_path):
+  with pytest.raises(records.InputError, match="in.parquet is not a whole Parquet file"):
+    list(records.read(write(tmp_path, "in.parquet", b"PAR1 no")))
+
+
+def test_reading_is_lazy(tmp_path):
+  path = write(tmp_path, "in.jsonl", jsonl([ROWS[0]] * 1000) + b"{bad")
+  assert len(list(itertools.islice(records.read(path), 1000))) == 1000
+
+
+@settings(max_examples=60, deadline=None)
+@given(line=st.binary(max_size=60).filter(lambda b: b"\n" not in b and b.strip()))
+def test_no_line_raises(tmp_path_factory, line):
+  path = write(tmp_path_factory.mktemp("fuzz"), "in.jsonl", line + b'\n{"id":"z"}\n')
+  assert list(records.read(path))[-1].value == {"id": "z"}
+
+
+@pytest.mark.parametrize("name", ["in.jsonl.gz", "in.parquet"])
+def test_memory_does_not_grow_with_the_file(tmp_path, name):
+  num_rows = 100_000
+  rows = [{"id": str(i), "prompt": "x" * 100} for i in range(num_rows)]
+  if name.endswith("parquet"):
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / name, row_group_size=10_000)
+  else:
+    write(tmp_path, name, gzip.compress(jsonl(rows), 1))
+  del rows
+  tracemalloc.start()
+  last = collections.deque(records.read(tmp_path / name), maxlen=1)[0]
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert (last.index, last.value["id"]) == (num_rows - 1, str(num_rows - 1))
+  assert peak < 4 << 20

@@ -1,0 +1,319 @@
+"""Every way in which a row can be right or wrong."""
+
+import dataclasses
+import sys
+
+from hypothesis import given, settings, strategies as st
+import numpy as np
+import pytest
+
+from batchjax.io import fields, validate
+from batchjax.io.records import Record, RowError
+from batchjax.types import SamplingParams
+
+DEFAULTS = SamplingParams(temperature=0.25, max_tokens=32)
+NAN = float("nan")
+
+
+def parse(value, defaults=DEFAULTS, model_name="", job_seed=0):
+  return validate.parse(Record(4, 6, value), defaults=defaults, model_name=model_name,
+                        job_seed=job_seed)
+
+
+def batch(url="/v1/chat/completions", **body):
+  if "chat" in url:
+    body = {"messages": [{"role": "user", "content": "hi"}]} | body
+  else:
+    body = {"prompt": "hi"} | body
+  return {"custom_id": "c", "method": "POST", "url": url, "body": body}
+
+
+def completions(**body):
+  return batch("/v1/completions", **body)
+
+
+def plain(**values):
+  return {"id": "p", "prompt": "hi"} | values
+
+
+def test_chat_row():
+  tools = [{"type": "function", "function": {"name": "f"}}]
+  row = parse(batch(model="m", max_completion_tokens=7, temperature=0, top_p=0.5, n=2, seed=3,
+                    stop=["a", "b"], presence_penalty=1, frequency_penalty=-1,
+                    logit_bias={"5": -100, "7": 1.5}, logprobs=True, top_logprobs=4, top_k=9,
+                    min_p=0.1, repetition_penalty=1.2, min_tokens=1, stop_token_ids=[1, 2],
+                    ignore_eos=True, tools=tools, chat_template_kwargs={"enable_thinking": False},
+                    user="u", metadata={"k": 1}, stream=False, store=True), model_name="m")
+  assert (row.index, row.row, row.request_id, row.form, row.model) == (4, 6, "c", "chat", "m")
+  assert row.prompt == [{"role": "user", "content": "hi"}]
+  assert (row.tools, row.chat_template_kwargs) == (tools, {"enable_thinking": False})
+  assert row.sampling_params == SamplingParams(
+      temperature=0, top_k=9, top_p=0.5, min_p=0.1, n=2, seed=3, max_tokens=7, min_tokens=1,
+      stop=("a", "b"), stop_token_ids=(1, 2), ignore_eos=True, presence_penalty=1,
+      frequency_penalty=-1, repetition_penalty=1.2, logit_bias=((5, -100.0), (7, 1.5)),
+      logprobs=True, top_logprobs=4)
+
+
+def test_completions_row():
+  row = parse(completions(prompt=[1, 2, 3], logprobs=2, echo=True, stop="x",
+                          return_token_ids=True))
+  assert (row.form, row.echo, row.return_token_ids) == ("completions", True, True)
+  assert row.prompt.dtype == np.int32 and row.prompt.tolist() == [1, 2, 3]
+  params = row.sampling_params
+  assert (params.logprobs, params.top_logprobs, params.prompt_logprobs) == (True, 2, True)
+  assert params.stop == ("x",)
+
+
+@pytest.mark.parametrize("prompt, parsed", [("a", "a"), (["a"], "a"), ([[1, 2]], [1, 2])])
+def test_one_completions_prompt(prompt, parsed):
+  got = parse(completions(prompt=prompt)).prompt
+  assert (got if isinstance(got, str) else got.tolist()) == parsed
+
+
+def test_plain_rows():
+  assert parse(plain()).prompt == "hi"
+  assert parse({"prompt": "hi"}).request_id == "row-6"
+  assert parse({"id": 17, "prompt": "hi"}).request_id == "17"
+  assert parse({"id": "p", "prompt_token_ids": [5]}).prompt.tolist() == [5]
+  assert parse({"messages": [{"role": "user", "content": "q"}]}).form == "plain"
+  assert parse(plain(prompt_logprobs=True)).sampling_params.prompt_logprobs
+
+
+def test_absent_and_null_fields_take_the_jobs_defaults():
+  for row in (parse(plain()), parse(plain(temperature=None, seed=None, messages=None)),
+              parse(batch(temperature=None)), parse(completions(best_of=None))):
+    assert dataclasses.replace(row.sampling_params, seed=0) == DEFAULTS
+
+
+@pytest.mark.parametrize("value, defaults, want", [
+    (plain(), {"logprobs": True, "top_logprobs": 3}, (True, 3, False)),
+    (plain(logprobs=False), {"logprobs": True, "top_logprobs": 3}, (False, 0, False)),
+    (plain(), {"prompt_logprobs": True, "top_logprobs": 3}, (False, 3, True)),
+    (batch(), {"prompt_logprobs": True, "top_logprobs": 3}, (False, 0, False)),
+    (batch(logprobs=True), {}, (True, 0, False)),
+    (completions(), {"logprobs": True, "top_logprobs": 3}, (True, 3, False)),
+    (completions(logprobs=0), {"logprobs": True, "top_logprobs": 3}, (True, 0, False)),
+    (completions(echo=True), {}, (False, 0, False)),
+])
+def test_logprob_settings(value, defaults, want):
+  params = parse(value, SamplingParams(**defaults)).sampling_params
+  assert (params.logprobs, params.top_logprobs, params.prompt_logprobs) == want
+
+
+def test_seed_is_a_stable_hash_of_job_seed_and_id():
+  assert parse(plain(), job_seed=1).sampling_params.seed == fields.stable_seed(1, "p")
+  assert parse(plain(seed=0), job_seed=1).sampling_params.seed == 0
+  assert fields.stable_seed(0, "a") == 0x5a96de45  # as `printf 0:a | b2sum -l 32` says
+  seeds = {fields.stable_seed(s, i) for s in range(40) for i in ("a", "b", "1:a", ":a")}
+  assert len(seeds) == 160
+
+
+def test_text_parts_become_text():
+  parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
+  row = parse(batch(messages=[{"role": "user", "content": parts, "name": "n"}]))
+  assert row.prompt == [{"role": "user", "content": "a\nb", "name": "n"}]
+
+
+def test_tool_messages_pass_through():
+  messages = [{"role": "user", "content": "q"},
+              {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
+              {"role": "tool", "tool_call_id": "1", "content": "42"}]
+  assert parse(batch(messages=messages)).prompt == messages
+
+
+BAD = [
+    # form and envelope
+    ({"custom_id": "c", "url": "/v1/completions", "body": {}}, "method", "method is missing"),
+    ({"custom_id": "c", "method": "POST", "body": {}}, "url", "url is missing"),
+    ({"custom_id": "c", "method": "POST", "url": "/v1/completions"}, "body", "body is missing"),
+    ({"method": "POST", "url": "/v1/completions", "body": {}}, "custom_id", "custom_id is missing"),
+    (batch() | {"custom_id": ""}, "custom_id", 'must be a non-empty string, got ""'),
+    (batch() | {"custom_id": 5}, "custom_id", "must be a non-empty string, got 5"),
+    (batch() | {"method": "GET"}, "method", 'must be "POST", got "GET"'),
+    (batch() | {"url": "/v1/embeddings"}, "url", "/v1/chat/completions or /v1/completions"),
+    (batch() | {"url": ["x"]}, "url", "must be"),
+    (batch() | {"body": "{}"}, "body", "must be an object"),
+    (batch() | {"temperature": 1}, "temperature", "stands beside body: move it into body"),
+    (batch() | {"extra": 1}, "extra", "a batch line has custom_id, method, url and body"),
+    (plain(id=""), "id", "non-empty string"),
+    (plain(id=True), "id", "must be a non-empty string, got true"),
+    (plain(id=[1]), "id", "non-empty string"),
+    # names
+    (plain(temprature=1), "temprature", "did you mean temperature?"),
+    (batch(max_token=1), "max_token", "did you mean max_tokens"),
+    (completions(messages=[]), "messages", "belongs to requests of /v1/chat/completions: change"),
+    (batch(prompt="x"), "prompt", "belongs to requests of /v1/completions: change the url"),
+    (completions(top_logprobs=1), "top_logprobs", "requests of /v1/chat/completions"),
+    (batch(question="x"), "question", "is not a field of the body of a chat request"),
+    (plain(question="x"), "question", "move it into metadata"),
+    (batch(response_format={"type": "json_object"}), "response_format", "not supported: remove it"),
+    (batch(stream=True), "stream", "must be false"),
+    (batch(stream="no"), "stream", "must be false"),
+    # model
+    (batch(model="other"), "model", "model is 'other', but this job runs 'm'"),
+    (plain(model=5), "model", "must be a string"),
+    # prompts
+    ({"id": "p"}, "prompt", "no prompt or messages or prompt_token_ids: give it one"),
+    (plain(messages=[{"role": "user", "content": "x"}]), "messages", "both prompt and messages"),
+    (plain(prompt_token_ids=[1]), "prompt_token_ids", "both prompt and prompt_token_ids"),
+    (plain(prompt=""), "prompt", "prompt is empty"),
+    (plain(prompt=[""]), "prompt", "prompt is empty"),
+    (plain(prompt=[]), "prompt", "prompt is empty"),
+    (plain(prompt=[[]]), "prompt", "prompt is empty"),
+    (plain(prompt=5), "prompt", "a string or a list of token ids"),
+    (plain(prompt={"a": 1}), "prompt", "a string or a list of token ids"),
+    (completions(prompt=["a", "b", "c"]), "prompt", "list of 3 prompts: write one row for each"),
+    (completions(prompt=[[1], [2]]), "prompt", "list of 2 prompts"),
+    (completions(prompt=[1, -2]), "prompt[1]", "prompt[1] must be a token id"),
+    (completions(prompt=[True]), "prompt[0]", "must be a token id"),
+    (completions(prompt=[1.0]), "prompt[0]", "must be a token id"),
+    (completions(prompt=[2**31]), "prompt[0]", "must be a token id"),
+    (completions(prompt=[1, "a"]), "prompt[1]", "must be a token id"),
+    ({"prompt_token_ids": "a"}, "prompt_token_ids", "must be a list of token ids"),
+    ({"prompt_token_ids": []}, "prompt_token_ids", "is empty"),
+    ({"prompt_token_ids": [1, None]}, "prompt_token_ids[1]", "must be a token id"),
+    (batch(messages=[]), "messages", "messages is empty"),
+    (batch(messages="hi"), "messages", "must be a list of objects"),
+    (batch(messages=["hi"]), "messages[0]", "an object with role and content"),
+    (batch(messages=[{"content": "x"}]), "messages[0].role", 'a string such as "user"'),
+    (batch(messages=[{"role": "user"}]), "messages[0].content", "a string or a list of text parts"),
+    (batch(messages=[{"role": "user", "content": 5}]), "messages[0].content", "got 5"),
+    (batch(messages=[{"role": "user", "content": [{"type": "image_url"}]}]),
+     "messages[0].content[0]", "reads text alone"),
+    (batch(messages=[{"role": "user", "content": [{"type": "text"}]}]),
+     "messages[0].content[0]", "an object such as"),
+    (batch(messages=[{"role": "assistant", "tool_calls": 1}]), "messages[0].tool_calls", "a list"),
+    (batch(tools={}), "tools", "must be a list"),
+    (batch(tools=[{"type": "function"}]), "tools[0]", "an object such as"),
+    (batch(chat_template_kwargs=[1]), "chat_template_kwargs", "must be an object"),
+    (plain(tools=[]), "tools", "tools needs messages"),
+    (plain(chat_template_kwargs={"a": 1}), "chat_template_kwargs", "needs messages"),
+    ({"messages": [{"role": "user", "content": "x"}], "echo": True}, "echo", "needs a prompt"),
+    # sampling
+    (plain(temperature=NAN), "temperature", "must be a finite number, got nan"),
+    (plain(temperature=float("inf")), "temperature", "must be a finite number"),
+    (plain(temperature="hot"), "temperature", "must be a finite number, got 'hot'"),
+    (plain(temperature=-1), "temperature", "at least 0"),
+    (plain(max_tokens=True), "max_tokens", "an integer of at least 0, got True"),
+    (plain(max_tokens=0), "max_tokens", "0 with prompt_logprobs to score a prompt, got 0"),
+    (plain(max_tokens=1e2), "max_tokens", "an integer"),
+    (batch(max_tokens=1, max_completion_tokens=2), "max_completion_tokens", "give one of them"),
+    (plain(min_tokens=33), "min_tokens", "at most max_tokens=32"),
+    (plain(n=0), "n", "at least 1"),
+    (plain(seed=-1), "seed", "between 0 and 4294967295"),
+    (plain(seed=2**32), "seed", "between 0 and 4294967295"),
+    (plain(top_k=0), "top_k", "or -1 to keep all tokens"),
+    (plain(top_p=0), "top_p", "above 0 and at most 1"),
+    (plain(stop=""), "stop", "a non-empty string or a list of them"),
+    (plain(stop=["a", ""]), "stop", "a non-empty string or a list of them"),
+    (plain(stop=5), "stop", "a non-empty string or a list of them"),
+    (plain(stop_token_ids=5), "stop_token_ids", "a list of token ids"),
+    (plain(stop_token_ids=[-1]), "stop_token_ids[0]", "must be a token id"),
+    (plain(logit_bias=[[1, 2]]), "logit_bias", "an object such as"),
+    (plain(logit_bias={"a": 1}), "logit_bias", "keyed by token ids"),
+    (plain(logit_bias={"-1": 1}), "logit_bias", "keyed by token ids"),
+    (plain(logit_bias={"1": 101}), "logit_bias[1]", "between -100 and 100"),
+    (plain(logit_bias={"1": True}), "logit_bias[1]", "between -100 and 100"),
+    (plain(logit_bias={"1": NAN}), "logit_bias[1]", "between -100 and 100"),
+    (plain(logit_bias={"1": 1, "01": 2}), "logit_bias", "once per token id"),
+    (completions(logprobs=True), "logprobs", "number of alternatives"),
+    (completions(logprobs=-1), "logprobs", "number of alternatives"),
+    (batch(logprobs=5), "logprobs", "top_logprobs sets the number"),
+    (batch(top_logprobs=5), "top_logprobs", "0 unless logprobs"),
+    (plain(prompt_logprobs=1), "prompt_logprobs", "true or false"),
+    (plain(echo=1), "echo", "true or false"),
+    (plain(ignore_eos=1), "ignore_eos", "true or false"),
+    (plain(return_token_ids="yes"), "return_token_ids", "true or false"),
+]
+
+
+@pytest.mark.parametrize("value, field, told", BAD, ids=[f"{b[1]}-{i}" for i, b in enumerate(BAD)])
+def test_bad_rows(value, field, told):
+  error = parse(value, model_name="m" if field == "model" else "")
+  assert isinstance(error, RowError), error
+  assert (error.index, error.row, error.field) == (4, 6, field)
+  assert told in error.message
+  assert len(error.message) < 200 and "\n" not in error.message
+  if "custom_id" in value and field != "custom_id":
+    assert error.request_id == value["custom_id"]
+
+
+@pytest.mark.parametrize("value, code", [
+    (batch(model="x"), "model_not_found"), (plain(foo=1), "unknown_field"),
+    ({"id": "a"}, "missing_field"), (batch(stream=True), "unsupported"),
+    (plain(n=0), "invalid_value")])
+def test_codes(value, code):
+  assert parse(value, model_name="m").code == code
+
+
+def test_long_values_are_cut_short_in_messages():
+  assert len(parse(plain(stop=["", "x" * 10_000])).message) < 150
+
+
+def test_a_record_that_was_not_read_stays_an_error():
+  error = RowError(4, 6, None, "", "bad", "invalid_json")
+  assert parse(error) is error
+
+
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+                    lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=4), x,
+                                                                        max_size=3), max_leaves=6)
+NAMES = sorted(fields.FIELDS["plain"] | {"custom_id", "method", "url", "body"})
+
+
+@settings(max_examples=150, deadline=None)
+@given(st.dictionaries(st.sampled_from(NAMES), JSON, max_size=4))
+def test_no_row_raises(values):
+  for value in (values, plain(**values), batch() | {"body": values},
+                batch() | {"body": batch()["body"] | values},
+                completions() | {"body": completions()["body"] | values}):
+    assert isinstance(parse(value), (validate.Row, RowError))
+
+
+ROW = parse(plain(max_tokens=10, stop_token_ids=[4], logit_bias={"3": 1}))
+
+
+@pytest.mark.parametrize("token_ids, vocab_size, max_len, field, told", [
+    ([], 9, 100, "prompt", "the prompt has no tokens"),
+    ([1, 9], 9, 100, "prompt", "prompt token 1 is 9, but the model's vocabulary has 9 tokens"),
+    ([1, -1], 9, 100, "prompt", "prompt token 1 is -1"),
+    ([1], 4, 100, "stop_token_ids", "names token 4, but the model's vocabulary has 4 tokens"),
+    ([1] * 20, 9, 20, "prompt", "the prompt has 20 tokens, which leaves no room in the context of "
+     "20: shorten it to at most 19"),
+    ([1] * 11, 9, 20, "max_tokens", "the prompt has 11 tokens and max_tokens is 10, together over "
+     "the context of 20: shorten the prompt or set max_tokens to at most 9"),
+])
+def test_check_prompt(token_ids, vocab_size, max_len, field, told):
+  error = validate.check_prompt(ROW, np.array(token_ids, np.int32), vocab_size, max_len)
+  assert (error.row, error.request_id, error.field) == (6, "p", field)
+  assert told in error.message
+  assert (error.code == "context_length_exceeded") == ("context" in error.message)
+
+
+def test_check_prompt_accepts_what_just_fits():
+  assert validate.check_prompt(ROW, np.full(10, 8, np.int32), 9, 20) is None
+  assert validate.check_prompt(ROW, [8] * 10, 9, 20) is None
+
+
+def test_check_prompt_of_top_logprobs_and_bias():
+  row = parse(plain(logprobs=True, top_logprobs=6))
+  assert "exceed the vocabulary of 5" in validate.check_prompt(row, [1], 5, 100).message
+  row = parse(plain(logit_bias={"5": 1}))
+  assert validate.check_prompt(row, [1], 5, 100).field == "logit_bias"
+
+
+def test_duplicate_ids():
+  ids = validate.DuplicateIds()
+  assert ids.check(parse(batch())) is None
+  assert ids.check(parse(plain())) is None
+  error = ids.check(parse(batch()))
+  assert (error.code, error.field, error.request_id) == ("duplicate_id", "custom_id", "c")
+  assert error.message == "custom_id 'c' is used by an earlier row: make it unique"
+  assert ids.check(parse(plain(id="row-6"))) is None
+  assert ids.check(parse({"prompt": "hi"})).field == "id"  # the made-up id is "row-6" too
+
+
+def test_duplicate_ids_keep_hashes_only():
+  ids = validate.DuplicateIds()
+  ids.check(parse(plain(id="x" * 100_000)))
+  assert sum(map(sys.getsizeof, ids._seen)) < 100

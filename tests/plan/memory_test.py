@@ -1,0 +1,86 @@
+import dataclasses
+
+from hypothesis import given
+from hypothesis import strategies as st
+import numpy as np
+import pytest
+
+from batchjax.config import ConfigError
+from batchjax.config import EngineConfig
+from batchjax.config import ModelConfig
+from batchjax.plan import memory
+from batchjax.plan.grouping import choose_nodes
+from batchjax.plan.grouping import no_sharing
+from batchjax.plan.prefix_tree import build_prefix_tree
+
+LLAMA_8B = ModelConfig("llama", vocab_size=128_256, hidden_size=4096, ffn_size=14_336,
+                       num_layers=32, num_heads=32, num_kv_heads=8, head_dim=128, max_len=8192,
+                       dtype="bfloat16")
+
+
+def test_pool_from_bytes_and_from_pages():
+  # 32 layers * (k, v) * 8 heads * 128 * 2 bytes = 128 KiB a token, 2 MiB a page of 16.
+  engine = EngineConfig(kv_memory_bytes=(1 << 30) + 12345, page_size=16)
+  assert memory.num_kv_pages(LLAMA_8B, engine) == 512
+  assert memory.num_kv_pages(LLAMA_8B, dataclasses.replace(engine, num_pages=7)) == 7
+  with pytest.raises(ConfigError, match="holds no page of 2097152 bytes.*raise it"):
+    memory.num_kv_pages(LLAMA_8B, dataclasses.replace(engine, kv_memory_bytes=1 << 20))
+
+
+@given(st.integers(0, 1000), st.sampled_from([1, 2, 16, 64]))
+def test_pages_for(num_tokens, page_size):
+  pages = memory.pages_for(num_tokens, page_size)
+  assert pages * page_size >= num_tokens > (pages - 1) * page_size
+  assert memory.pages_for(np.array([num_tokens]), page_size).tolist() == [pages]
+
+
+def test_estimate_of_an_8b_model():
+  estimate = memory.estimate_memory(LLAMA_8B, EngineConfig(max_rows=64, max_step_tokens=1024))
+  assert estimate.weight_bytes == pytest.approx(16.06e9, rel=1e-3)  # 8.03e9 parameters
+  assert estimate.kv_bytes == 1 << 30
+  assert estimate.logits_bytes == 3 * 64 * 128_256 * 4
+  assert estimate.activation_bytes == 1024 * (2 * 4096 + 3 * 14_336) * 2
+  assert estimate.total_bytes == sum(dataclasses.astuple(estimate))
+  half = memory.estimate_memory(LLAMA_8B, EngineConfig(max_rows=64, max_step_tokens=512))
+  assert half.activation_bytes * 2 == estimate.activation_bytes
+
+
+def _planned(prompts, rows):
+  prompts = [np.array(p, np.int32) for p in prompts]
+  rows = np.array(rows, np.int32)
+  tree = build_prefix_tree(prompts, rows)
+  return choose_nodes(tree, tree.end[tree.node_of_request], rows, 4, 0.0)
+
+
+@given(st.lists(st.tuples(st.lists(st.integers(0, 1), min_size=1, max_size=9), st.integers(1, 2),
+                          st.integers(1, 9)), min_size=1, max_size=8), st.sampled_from([1, 2, 4]))
+def test_pages_alone_walks_the_path(job, page_size):
+  prompts, rows, max_tokens = zip(*job)
+  tree = _planned(prompts, rows)
+  pages = memory.pages_alone(tree, np.array(max_tokens), page_size)
+  for request in range(len(job)):
+    node, own_len, needed = tree.node_of_request[request], max_tokens[request], 0
+    if tree.num_rows[node] == 1:
+      own_len, node = own_len + tree.length[node], tree.parent[node]
+    while node >= 0:
+      needed += -(-int(tree.length[node]) // page_size)
+      node = tree.parent[node]
+    assert pages[request] == needed - (-own_len // page_size)
+
+
+def test_every_node_begins_a_page_of_its_own():
+  # Together 5 shared + 3 own + 4 generated tokens are 3 pages of 4; apart they are 2 + 2.
+  shared = _planned([[1, 2, 3, 4, 5, 6, 7, 8], [1, 2, 3, 4, 5, 9, 9, 9]], [1, 1])
+  alone = no_sharing(np.array([8, 8], np.int32), np.ones(2, np.int32))
+  max_tokens = np.array([4, 4])
+  assert memory.pages_alone(shared, max_tokens, 4).tolist() == [4, 4]
+  assert memory.pages_alone(alone, max_tokens, 4).tolist() == [3, 3]
+
+
+def test_check_fits_names_the_numbers_and_the_remedy():
+  tree = no_sharing(np.array([30, 3, 40], np.int32), np.ones(3, np.int32))
+  errors = memory.check_fits(tree, np.array([2, 4, 9]), num_pages=4, page_size=8)
+  assert list(errors) == [2]
+  for part in ("40 prompt tokens", "max_tokens=9", "7 KV pages of 8", "has 4", "lower max_tokens"):
+    assert part in errors[2]
+  assert memory.check_fits(tree, np.array([2, 4, 9]), num_pages=7, page_size=8) == {}

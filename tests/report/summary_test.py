@@ -1,0 +1,71 @@
+"""The figures of a job, against sums by hand over the records of `conftest`."""
+
+import pytest
+
+from batchjax.report import StepTotals, summarize
+
+
+def test_runs_add_up(job_dir):
+  s = summarize(job_dir)
+  assert s.name == "out.jsonl.job"
+  assert len(s.runs) == 2
+  assert (s.num_requests, s.num_finished, s.num_errors, s.is_complete) == (4, 3, 1, True)
+  assert (s.prompt_tokens, s.finished_prompt_tokens) == (400, 300)
+  assert s.computed_tokens == 118 + 50
+  assert (s.generated_tokens, s.output_tokens) == (2 + 48 + 2, 20 + 30 + 10)
+  assert s.wall_secs == 4.0 + 6.0
+  assert s.output_tokens_per_sec == 5.2
+  assert s.total_tokens_per_sec == 35.2
+  assert (s.step_secs, s.host_secs, s.host_share) == (4.0, 0.75, 0.1875)
+  assert s.num_preempted == 2 + 1
+
+
+def test_a_request_answered_twice_counts_once_as_last_recorded(job_dir):
+  s = summarize(job_dir)
+  assert s.cached_tokens == 0 + 50 + 70
+  assert s.cached_share == 0.4
+  assert s.finish_reasons == (("stop", 2), ("error", 1), ("length", 1))
+
+
+def test_padding_by_kind_and_bucket(job_dir):
+  s = summarize(job_dir)
+  assert s.kinds == (StepTotals("mixed", 2, 2, 2.0, 240, 256),
+                     StepTotals("decode", 1, 16, 2.0, 48, 128))
+  assert [bucket.name for bucket in s.buckets] == ["mixed 128x8", "decode 8"]
+  assert [bucket.padding for bucket in s.buckets] == [0.0625, 0.625]
+  assert s.padding == 1 - 288 / 384
+
+
+def test_peak_use_is_of_each_runs_own_pool(job_dir):
+  s = summarize(job_dir)
+  assert (s.peak_pages, s.peak_pool_pages, s.peak_kv_use) == (30, 40, 0.75)
+
+
+def test_compiles(job_dir):
+  s = summarize(job_dir)
+  assert (s.num_compiles, s.num_cached_compiles, s.compile_secs) == (2, 1, 2.0)
+
+
+def test_slowest_first_without_errors(job_dir):
+  slowest = summarize(job_dir, num_slowest=2).slowest
+  assert [r.request_id for r in slowest] == ["last", "lost"]
+
+
+def test_a_killed_run_is_not_complete(job_dir):
+  path = job_dir / "metrics.jsonl"
+  lines = path.read_text().splitlines(keepends=True)
+  path.write_text("".join(lines[:8]) + lines[8][:20])
+  s = summarize(job_dir)
+  assert (s.num_finished, s.num_errors, s.is_complete, s.wall_secs) == (2, 1, False, 4.0)
+
+
+def test_an_empty_job_is_all_zero(tmp_path):
+  s = summarize(tmp_path)
+  assert (s.runs, s.num_requests, s.kinds, s.slowest) == ((), 0, (), ())
+  assert (s.output_tokens_per_sec, s.cached_share, s.padding, s.host_share) == (0, 0, 0, 0)
+  assert not s.is_complete
+
+
+def test_a_missing_directory_is_named(tmp_path):
+  with pytest.raises(FileNotFoundError, match="none.job is no job directory"):
+    summarize(tmp_path / "none.job")

@@ -1,0 +1,43 @@
+"""The plain-text report."""
+
+import dataclasses
+
+from batchjax.report import summarize, to_text
+
+
+def test_the_text_states_the_facts(job_dir):
+  assert to_text(summarize(job_dir)).splitlines() == [
+      "job       out.jsonl.job: complete, 3 of 4 requests answered, 1 errors, 2 runs",
+      "model     tiny <llama> on 4 x TPU v5e, jax 0.10.2",
+      "speed     5.2 output tok/s, 35.2 prompt and output tok/s, 10.0 s",
+      "prompt    400 tokens asked, 168 computed; 40.0% cached",
+      "output    52 tokens drawn, 60 in answers",
+      "finish    2 stop, 1 error, 1 length",
+      "steps     2 mixed in 2.0 s, 1 decode (16 iterations) in 2.0 s",
+      "padding   25.0% of launched tokens",
+      "host      18.8% of step time",
+      "kv        peak 75.0%, 30 of 40 pages of 16 tokens; 3 rows preempted",
+      "compiles  2 in 2.0 s, 1 from the cache",
+      "slowest   last 6.0 s (100 prompt, 10 output tokens)",
+      "          lost 5.0 s (100 prompt, 30 output tokens)",
+      "          <script>alert(1)</script> 3.0 s (100 prompt, 20 output tokens)",
+  ]
+
+
+def test_a_job_without_runs_is_one_line(tmp_path):
+  assert to_text(summarize(tmp_path)).endswith(": no run recorded yet")
+
+
+def test_nothing_answered_yet_says_so(job_dir):
+  path = job_dir / "metrics.jsonl"
+  path.write_text("".join(path.read_text().splitlines(keepends=True)[:4]))
+  text = to_text(summarize(job_dir))
+  assert "cached share not known yet" in text and "none yet" in text
+  assert "not complete, 0 of 4" in text and "slowest" not in text
+
+
+def test_ids_cannot_steer_the_terminal(job_dir):
+  summary = summarize(job_dir)
+  evil = dataclasses.replace(summary.slowest[0], request_id="a\x1b[2J\nb")
+  text = to_text(dataclasses.replace(summary, slowest=(evil,)))
+  assert "\x1b" not in text and r"'a\x1b[2J\nb'" in text
