@@ -2,11 +2,13 @@
 
 Work comes in two kinds. *Tiles* are blocks of tokens of one segment: a shared
 prefix with its n rows is one dense product of n * G query rows, its KV gathered
-once per tile. *Rows* are segments with one token (decode rows on their own KV),
-taken many at a time as a batched product. Both walk the KV in blocks with the
+once per tile. Short segments (a prompt's own few tokens) get smaller tiles than
+long ones. *Rows* are segments with one token (decode rows on their own KV),
+taken many at a time as a batched product. All walk the KV in blocks with the
 online softmax, so no more than one block of scores exists at a time.
 """
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -16,10 +18,12 @@ _NEG_INF = float("-inf")
 
 
 class Tiling(NamedTuple):
-  """Block sizes in tokens (`q`, `kv` of tiles, `row_kv` of rows) and in rows (`rows`)."""
+  """Block sizes: tokens of long and of short segments' tiles, rows, and KV tokens of rows."""
 
   q: int = 128
   kv: int = 512
+  short_q: int = 32
+  short_kv: int = 64
   rows: int = 32
   row_kv: int = 64
 
@@ -28,7 +32,7 @@ class Schedule(NamedTuple):
   """Work list of a step.
 
   Attributes:
-    tile_ends: i32[S], tiles of this and all earlier segments; one-token segments have none.
+    tile_ends, short_tile_ends: i32[S], tiles of this and all earlier segments.
     num_rows: i32[], one-token segments.
     row_segment: i32[S], their indices, in use first.
     segments: the step's segments.
@@ -38,6 +42,7 @@ class Schedule(NamedTuple):
   """
 
   tile_ends: jax.Array
+  short_tile_ends: jax.Array
   num_rows: jax.Array
   row_segment: jax.Array
   segments: NamedTuple
@@ -55,15 +60,19 @@ def make_schedule(segments, page_indices: jax.Array, positions: jax.Array, *, pa
   """See `shared_prefix_attention.make_schedule`."""
   num_tokens, num_segments = positions.shape[0], segments.q_len.shape[0]
   whole_pages = lambda block: -(-block // page_size) * page_size
-  tiling = Tiling(min(tiling.q, num_tokens), whole_pages(tiling.kv),
-                  min(tiling.rows, num_segments), whole_pages(tiling.row_kv))
+  tiling = Tiling(q=min(tiling.q, num_tokens), kv=whole_pages(tiling.kv),
+                  short_q=min(tiling.short_q, num_tokens), short_kv=whole_pages(tiling.short_kv),
+                  rows=min(tiling.rows, num_segments), row_kv=whole_pages(tiling.row_kv))
 
   used = segments.kv_len > 0
-  tiles = jnp.where(used & (segments.q_len > 1), -(-segments.q_len // tiling.q), 0)
   is_row = used & (segments.q_len == 1)
-  overrun = max(tiling.kv, tiling.row_kv) // page_size
+  is_tiled = used & (segments.q_len > 1)
+  is_short = (segments.q_len <= tiling.short_q) | (segments.kv_len <= 2 * tiling.short_kv)
+  ends = lambda here, block: jnp.cumsum(jnp.where(here, -(-segments.q_len // block), 0))
+  overrun = max(tiling.kv, tiling.short_kv, tiling.row_kv) // page_size
   return Schedule(
-      tile_ends=jnp.cumsum(tiles),
+      tile_ends=ends(is_tiled & ~is_short, tiling.q),
+      short_tile_ends=ends(is_tiled & is_short, tiling.short_q),
       num_rows=jnp.sum(is_row),
       row_segment=jnp.argsort(~is_row, stable=True).astype(jnp.int32),
       segments=segments,
@@ -123,29 +132,29 @@ def attend(q: jax.Array, kv_pages: jax.Array, schedule: Schedule, *, scale: floa
       return jnp.zeros_like(stop), stop
     return jnp.clip(low - window + 1 - kv_start, 0, None) // block_len, stop
 
-  def do_tile(tile, state):
-    index = jnp.sum(schedule.tile_ends <= tile)
+  def do_tile(tile, state, tile_ends, q_block, kv_block):
+    index = jnp.sum(tile_ends <= tile)
     segment = jax.tree.map(lambda x: x[index], segments)
-    first_tile = jnp.where(index > 0, schedule.tile_ends[index - 1], 0)
-    start = segment.q_start + (tile - first_tile) * tiling.q
-    token = start + jnp.arange(tiling.q)
-    here = jax.lax.dynamic_slice_in_dim(schedule.positions, start, tiling.q)
+    first_tile = jnp.where(index > 0, tile_ends[index - 1], 0)
+    start = segment.q_start + (tile - first_tile) * q_block
+    token = start + jnp.arange(q_block)
+    here = jax.lax.dynamic_slice_in_dim(schedule.positions, start, q_block)
     here = jnp.where(token < segment.q_start + segment.q_len, here, -1)
-    q_tile = jax.lax.dynamic_slice_in_dim(q, start, tiling.q)
-    q_tile = q_tile.transpose(1, 0, 2, 3).reshape(num_kv_heads, tiling.q * group, head_dim)
+    q_tile = jax.lax.dynamic_slice_in_dim(q, start, q_block)
+    q_tile = q_tile.transpose(1, 0, 2, 3).reshape(num_kv_heads, q_block * group, head_dim)
     first, stop = block_range(segment.kv_start, segment.kv_len,
                               jnp.where(here < 0, jnp.iinfo(jnp.int32).max, here).min(),
-                              here.max(), tiling.kv)
-    part = [jax.lax.dynamic_slice_in_dim(x, start, tiling.q, axis=1) for x in state]
-    part = [x.reshape(num_kv_heads, tiling.q * group, *x.shape[3:]) for x in part]
+                              here.max(), kv_block)
+    part = [jax.lax.dynamic_slice_in_dim(x, start, q_block, axis=1) for x in state]
+    part = [x.reshape(num_kv_heads, q_block * group, *x.shape[3:]) for x in part]
 
     def do_block(block, part):
-      visible = sees(segment.kv_start, segment.kv_len, block * tiling.kv, tiling.kv, here)
+      visible = sees(segment.kv_start, segment.kv_len, block * kv_block, kv_block, here)
       visible = jnp.repeat(visible, group, axis=0)[None]
-      return accumulate(part, q_tile, gather(segment.page_start, block, tiling.kv), visible)
+      return accumulate(part, q_tile, gather(segment.page_start, block, kv_block), visible)
 
     part = jax.lax.fori_loop(first, stop, do_block, tuple(part))
-    part = [x.reshape(num_kv_heads, tiling.q, group, *x.shape[2:]) for x in part]
+    part = [x.reshape(num_kv_heads, q_block, group, *x.shape[2:]) for x in part]
     return tuple(jax.lax.dynamic_update_slice_in_dim(x, y, start, axis=1)
                  for x, y in zip(state, part))
 
@@ -173,7 +182,11 @@ def attend(q: jax.Array, kv_pages: jax.Array, schedule: Schedule, *, scale: floa
 
   shape = (num_kv_heads, num_tokens + tiling.q, group)
   state = (jnp.zeros((*shape, head_dim), jnp.float32), jnp.full(shape, _NEG_INF), jnp.zeros(shape))
-  state = jax.lax.fori_loop(0, schedule.tile_ends[-1], do_tile, state)
+  for tile_ends, q_block, kv_block in (
+      (schedule.tile_ends, tiling.q, tiling.kv),
+      (schedule.short_tile_ends, tiling.short_q, tiling.short_kv)):
+    state = jax.lax.fori_loop(0, tile_ends[-1], functools.partial(
+        do_tile, tile_ends=tile_ends, q_block=q_block, kv_block=kv_block), state)
   state = jax.lax.fori_loop(0, -(-schedule.num_rows // tiling.rows), do_rows, state)
   acc, top, total = (x[:, :num_tokens].swapaxes(0, 1) for x in state)
   o = acc / jnp.where(total == 0.0, 1.0, total)[..., None]
