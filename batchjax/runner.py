@@ -14,12 +14,12 @@ import numpy as np
 
 from batchjax import job as job_lib
 from batchjax import prepare, report, weights
-from batchjax.config import JobConfig, ModelConfig, ModelSource
+from batchjax.config import ConfigError, JobConfig, ModelConfig, ModelSource
 from batchjax.engine.compile import CompileRecord
 from batchjax.engine.sampling_inputs import SamplingFeatures
 from batchjax.generate import StepEvent, generate
-from batchjax.io import files, output
-from batchjax.io.records import RowError
+from batchjax.io import files, output, records
+from batchjax.io.records import InputError, RowError
 from batchjax.io.store import RequestReader, StoredRow
 from batchjax.models import Transformer
 from batchjax.plan import planner
@@ -27,11 +27,27 @@ from batchjax.plan.planner import Plan
 from batchjax.plan.summary import plan_summary
 from batchjax.text.stop import build_stop_table
 from batchjax.text.tokenizer import Tokenizer, load_tokenizer
-from batchjax.types import Completion, Request
+from batchjax.types import Completion, Request, StopTable
 
 
-class Interrupted(Exception):
+class Interrupted(KeyboardInterrupt):
   """The job was asked to stop; what is done is in its journal."""
+
+
+def read_tokenizer(source: ModelSource) -> Tokenizer:
+  """The tokenizer at `source.tokenizer`, or beside the weights.
+
+  Raises:
+    ConfigError: none is named, or it is of no known kind.
+  """
+  path = source.tokenizer or source.path
+  if not path:
+    raise ConfigError("model.tokenizer is empty, and random weights have none beside them: name "
+                      "a folder, a tokenizer.json, a .model or a .gguf file")
+  try:
+    return load_tokenizer(pathlib.Path(path).expanduser())
+  except ValueError as e:
+    raise ConfigError(f"{'model.tokenizer' if source.tokenizer else 'model.path'}: {e}") from e
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,8 +55,7 @@ class Loaders:
   """How the parts of a model are loaded; tests put a fake model here."""
 
   config: Callable[[ModelSource], ModelConfig] = weights.load_config
-  tokenizer: Callable[[ModelSource], Tokenizer] = lambda source: load_tokenizer(
-      source.tokenizer or source.path)
+  tokenizer: Callable[[ModelSource], Tokenizer] = read_tokenizer
   model: Callable[[ModelSource], weights.Model] = weights.load_model
   module_class: Callable[..., Any] = Transformer
 
@@ -61,40 +76,52 @@ def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str
     loaders: how the model is loaded.
 
   Raises:
-    Interrupted: SIGINT or SIGTERM came; the last step's results are kept.
+    Interrupted: SIGINT or SIGTERM came; the step that ran then is finished and kept.
     InputError, ConfigError, BadRow, JobError: see there; no model was loaded.
   """
-  output_file = pathlib.Path(output_path)
-  error_path = error_path or default_error_path(output_file)
+  error_path = error_path or default_error_path(output_path)
+  _check_paths(input_path, output_path, error_path)
+  with _stop_on_signal() as stop:
+    model_config, tokenizer = loaders.config(config.model), loaders.tokenizer(config.model)
+    with job_lib.open_job(f"{output_path}.job", identity(config, input_path)) as job:
+      prepared = _prepare_once(job, input_path, config, model_config, tokenizer)
+      with RequestReader(job.directory / "requests.arrow") as requests:
+        done = job.finished_rows(prepared.num_rows)
+        for error in prepared.errors:
+          if not done[error.index]:
+            job.append_error(error.index, output.format_error(error, job_id=job.id))
+        left = np.flatnonzero(~done[requests.indices])
+        if len(left):
+          _complete(job, requests, left, prepared, config, model_config, tokenizer, quiet, loaders,
+                    stop)
+      return job.finish(output_path, error_path, prepared.num_rows)
+
+
+def default_error_path(output_path: str) -> str:
+  """`out.jsonl` has its bad rows in `out.errors.jsonl`."""
+  return output_path.removesuffix(records.file_format(output_path)) + ".errors.jsonl"
+
+
+def _check_paths(input_path: str, output_path: str, error_path: str) -> None:
+  """Raises InputError where the input cannot be read or an output not be written."""
   for path in (output_path, error_path):
     files.check_output(path)
-  model_config = loaders.config(config.model)
-  with job_lib.open_job(f"{output_file}.job", identity(config, input_path)) as job:
-    tokenizer = loaders.tokenizer(config.model)
-    prepared = _prepare_once(job, input_path, config, model_config, tokenizer)
-    with RequestReader(job.directory / "requests.arrow") as requests:
-      done = job.finished_rows(prepared.num_rows)
-      for error in prepared.errors:
-        if not done[error.index]:
-          job.append_error(error.index, output.format_error(error, job_id=job.id))
-      left = np.flatnonzero(~done[requests.indices])
-      if len(left):
-        _complete(job, requests, left, prepared, config, tokenizer, quiet, loaders)
-    return job.finish(output_path, error_path, prepared.num_rows)
-
-
-def default_error_path(output_file: pathlib.Path) -> str:
-  """`out.jsonl` has its bad rows in `out.errors.jsonl`."""
-  return str(output_file.with_name(output_file.name.split(".")[0] + ".errors.jsonl"))
+  next(records.read(input_path))
+  paths = {"input": input_path, "output": output_path, "errors": error_path}
+  if len({str(pathlib.Path(path).resolve()) for path in paths.values()}) < len(paths):
+    raise InputError(f"{paths} name one file twice: give each its own")
 
 
 def identity(config: JobConfig, input_path: str) -> dict[str, Any]:
-  """All that the completions depend on; engine settings change speed only and are left out."""
+  """All that the output depends on; most engine settings change speed only and are left out."""
   source = config.model
   model = {"name": source.name, "dtype": source.dtype, "shape": source.shape, "seed": source.seed,
            "files": _hash_files(source.path)}
+  # What `planner.cached_tokens` depends on, which the usage of each completion shows.
+  engine = {name: getattr(config.engine, name)
+            for name in ("share_prefixes", "max_levels", "plan_window")}
   settings = {"sampling": dataclasses.asdict(config.sampling), "seed": config.seed,
-              "strict": config.strict, "share_prefixes": config.engine.share_prefixes,
+              "strict": config.strict, "engine": engine,
               "chat_template": _hash_files(config.chat_template)}
   return {"input": job_lib.hash_file(input_path), "model": model,
           "tokenizer": _hash_files(source.tokenizer), "settings": settings}
@@ -116,23 +143,46 @@ def _prepare_once(job: job_lib.Job, input_path: str, config: JobConfig, model: M
   if done_path.exists():
     values = json.loads(done_path.read_text("utf-8"))
     return prepare.Prepared(values["num_rows"], tuple(RowError(**e) for e in values["errors"]))
-  prepared = prepare.prepare(input_path, job.directory / "requests.arrow", config, model, tokenizer)
+  try:
+    prepared = prepare.prepare(input_path, job.directory / "requests.arrow", config, model,
+                               tokenizer)
+  except (ConfigError, InputError, OSError, prepare.BadRow):
+    _forget(job.directory)
+    raise
   with files.atomic(done_path) as f:
     f.write(json.dumps(dataclasses.asdict(prepared)).encode())
   return prepared
 
 
+def _forget(directory: pathlib.Path) -> None:
+  """Removes a job in which nothing was done, so that its input and settings may be corrected."""
+  for name in ("manifest.json", "journal.jsonl", "lock"):
+    (directory / name).unlink(missing_ok=True)
+  with contextlib.suppress(OSError):  # something else lies in it
+    directory.rmdir()
+
+
+def _stop_table(requests: RequestReader, model: ModelConfig,
+                tokenizer: Tokenizer) -> StopTable | None:
+  """Automata of all stop strings, None where there are none; raises ConfigError if too large."""
+  stops = prepare.stop_strings(requests)
+  if not stops:
+    return None
+  try:
+    return build_stop_table(stops, [tokenizer.token_bytes(i) for i in range(model.vocab_size)])
+  except ValueError as e:
+    raise ConfigError(f"stop: {e}") from e
+
+
 def _complete(job: job_lib.Job, requests: RequestReader, left: np.ndarray,
-              prepared: prepare.Prepared, config: JobConfig, tokenizer: Tokenizer, quiet: bool,
-              loaders: Loaders) -> None:
+              prepared: prepare.Prepared, config: JobConfig, model_config: ModelConfig,
+              tokenizer: Tokenizer, quiet: bool, loaders: Loaders, stop: "_Stop") -> None:
   """Runs the requests at positions `left` and journals each as it is done."""
   engine = config.engine
+  stop_table = _stop_table(requests, model_config, tokenizer)
   configure_cache(engine.compilation_cache_dir)
   device = jax.devices()[0]
   model = loaders.model(config.model)
-  stops = prepare.stop_strings(requests)
-  stop_table = build_stop_table(
-      stops, [tokenizer.token_bytes(i) for i in range(model.config.vocab_size)]) if stops else None
   features = SamplingFeatures.of((r.sampling_params for r in requests),
                                  model.config.eos_token_ids)
   num_errors = len(prepared.errors)
@@ -145,11 +195,10 @@ def _complete(job: job_lib.Job, requests: RequestReader, left: np.ndarray,
       max_rows=engine.max_rows)
   pending: dict[str, tuple[StoredRow, int]] = {}
   with contextlib.ExitStack() as stack:
-    stopped = stack.enter_context(_stop_on_signal())
     progress = stack.enter_context(report.Progress(run_record, quiet=quiet))
     metrics = stack.enter_context(report.MetricsWriter(job.directory / report.METRICS_FILE))
     metrics.write(run_record)
-    recorder = _Recorder(job.directory, metrics, progress, num_errors, stopped)
+    recorder = _Recorder(job.directory, metrics, progress, num_errors, stop)
     completions = generate(model, _pending(requests, left, engine, pending), engine,
                            features=features, stop_table=stop_table, observe=recorder.observe,
                            module_class=loaders.module_class)
@@ -183,9 +232,10 @@ class _Recorder:
   """Turns what `generate` shows of itself into metrics and progress."""
 
   def __init__(self, directory: pathlib.Path, metrics: report.MetricsWriter,
-               progress: report.Progress, num_errors: int, stopped: Callable[[], bool]):
+               progress: report.Progress, num_errors: int, stop: "_Stop"):
     self._directory, self._sinks = directory, (metrics.write, progress.update)
-    self._num_errors, self._stopped = num_errors, stopped
+    self._num_errors, self._stop = num_errors, stop
+    self._is_last_step = False
     self._start = time.perf_counter()
     self._started: dict[str, float] = {}
 
@@ -194,14 +244,19 @@ class _Recorder:
       sink(record)
 
   def observe(self, event: Plan | CompileRecord | StepEvent) -> None:
-    """Raises Interrupted at the first finished step after a stop signal."""
+    """Raises Interrupted once the results of the first step after a stop signal are kept."""
     now = time.perf_counter() - self._start
     if isinstance(event, Plan):
+      self._stop.is_deferred = True  # steps begin
       with files.atomic(self._directory / report.PLAN_FILE) as f:
         f.write(json.dumps(plan_summary(event), indent=1).encode())
     elif isinstance(event, CompileRecord):
       self._emit(report.CompileRecord(bucket=event.name, secs=event.secs, cached=event.cached))
     else:
+      if self._is_last_step:
+        raise Interrupted
+      # Completions of a step are handed out only after it was observed.
+      self._is_last_step = self._stop.is_requested
       for admission in event.batch.admissions:
         self._started.setdefault(admission.request_id, now - event.step_secs)
       batch, steps = event.batch, event.batch.num_steps
@@ -215,8 +270,6 @@ class _Recorder:
           waiting=event.stats.num_waiting,
           finished=event.stats.num_retired + self._num_errors,
           preempted=event.stats.num_preempted))
-      if self._stopped():
-        raise Interrupted
 
   def finish(self, row: StoredRow, completion: Completion) -> None:
     """Records a finished request."""
@@ -230,20 +283,33 @@ class _Recorder:
         finish_reason="length" if "length" in reasons else "stop"))
 
 
+@dataclasses.dataclass
+class _Stop:
+  """Whether a signal asked to stop, and whether it waits for the end of a step."""
+
+  is_requested: bool = False
+  is_deferred: bool = False
+
+
 @contextlib.contextmanager
-def _stop_on_signal() -> Iterator[Callable[[], bool]]:
-  """Tells whether SIGINT or SIGTERM came; a second one acts as it would without this."""
-  received: list[int] = []
+def _stop_on_signal() -> Iterator[_Stop]:
+  """Lets SIGINT and SIGTERM raise Interrupted, or note the request while it is deferred.
+
+  A second one acts as it would without this.
+  """
+  stop = _Stop()
   previous = {}
 
   def note(number, frame):
-    received.append(number)
     signal.signal(number, previous[number])
+    stop.is_requested = True
+    if not stop.is_deferred:
+      raise Interrupted
 
   for number in (signal.SIGINT, signal.SIGTERM):
     previous[number] = signal.signal(number, note)
   try:
-    yield lambda: bool(received)
+    yield stop
   finally:
     for number, handler in previous.items():
       signal.signal(number, handler)

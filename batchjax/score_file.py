@@ -57,8 +57,11 @@ def _parse(record: Record, model: ModelConfig, tokenizer: Tokenizer) -> ScoreReq
   if len(whole) > model.max_len:
     raise _bad(record, "prompt", f"prompt and continuation have {len(whole)} tokens, the model "
                f"takes {model.max_len}: shorten them")
+  name = record.value.get("id")
+  if name is not None and type(name) not in (str, int):
+    raise _bad(record, "id", f"id must be a string, got {name!r}")
   tokens = np.array(whole, np.int32)
-  return ScoreRequest(str(record.value.get("id", f"row-{record.row}")), tokens[:len(prompt)],
+  return ScoreRequest(f"row-{record.row}" if name is None else str(name), tokens[:len(prompt)],
                       tokens[len(prompt):])
 
 

@@ -7,6 +7,7 @@ Any field of the configuration can be set: --config.engine.max_rows=32. The same
 command again resumes a job that was stopped. Bad rows go to the error file.
 """
 
+import pathlib
 import sys
 
 from absl import app
@@ -19,7 +20,7 @@ from batchjax.io.records import InputError
 from batchjax.io.journal import JournalError
 from batchjax.job import JobError
 from batchjax.prepare import BadRow
-from batchjax.report import summarize, to_text
+from batchjax.report import METRICS_FILE, summarize, to_text
 from batchjax.weights import WeightError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.")
@@ -38,7 +39,8 @@ def main(argv: list[str]) -> int:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   try:
     values = _CONFIG.value.to_dict()
-    values["strict"] |= _STRICT.value
+    if _STRICT.value:
+      values["strict"] = True
     config = from_config_dict(JobConfig, values)
     finished = runner.run(config, _INPUT.value, _OUTPUT.value, error_path=_ERRORS.value,
                           quiet=_QUIET.value)
@@ -50,8 +52,10 @@ def main(argv: list[str]) -> int:
     print(f"error: {error}", file=sys.stderr)
     return 2
   if not _QUIET.value:
-    print(to_text(summarize(f"{_OUTPUT.value}.job")))
-    print(f"\n{finished} -> {_OUTPUT.value}")
+    job = pathlib.Path(f"{_OUTPUT.value}.job")
+    if (job / METRICS_FILE).exists():  # else every row was bad
+      print(to_text(summarize(job)), end="\n\n")
+    print(f"{finished} -> {_OUTPUT.value}")
     if finished.num_errors:
       print(f"bad rows are explained in {_ERRORS.value or runner.default_error_path(_OUTPUT.value)}")
   return 0

@@ -27,7 +27,6 @@ class BatchBuilder:
     self._prompt_scores: list[PromptScore] = []
     self._completed: set[int] = set()  # shared nodes whose last token is in this step
     self._num_prompt_tokens = 0
-    self.admissions: list[Admission] = []
     self.has_prefill = False
 
   @property
@@ -116,7 +115,7 @@ class BatchBuilder:
         state = int(table[max(state, 0), token])
     self._samples.append(Sample(row, row.slot, row.node, seq, row.num_dispatched, is_first, state))
 
-  def build(self, kind: str) -> Batch:
+  def build(self, kind: str, admissions: Sequence[Admission]) -> Batch:
     """The finished batch: entries and samples in depth-first order, and the shared KV above."""
     self._entries.sort(key=lambda entry: (entry.node, entry.seq))
     self._samples.sort(key=lambda sample: (sample.node, sample.seq))  # decode: row r is token r
@@ -128,7 +127,7 @@ class BatchBuilder:
       if run.kv_len and first < stop:
         shared.append(SharedKV(node, end, run.kv_start, run.kv_len, run.pages))
     return Batch(kind=kind, entries=tuple(self._entries), shared=tuple(shared),
-                 samples=tuple(self._samples), admissions=tuple(self.admissions),
+                 samples=tuple(self._samples), admissions=tuple(admissions),
                  prompt_scores=tuple(self._prompt_scores), num_steps=self._num_steps,
                  num_tokens=sum(entry.num_tokens for entry in self._entries),
                  num_prompt_tokens=self._num_prompt_tokens)

@@ -61,7 +61,13 @@ def pack(batch: Batch, bucket: Bucket, table: SamplingTable, *, page_size: int,
                            for entry in entries] or [np.empty(0, np.int32)])
 
   # One page list: the runs that entries write to, then the shared ones that they only read.
-  runs = [entry.pages for entry in entries] + [shared.pages for shared in batch.shared]
+  # No page stands in it twice, so the pool's size bounds it.
+  run_of_node = {entry.node: i for i, entry in enumerate(entries) if entry.seq < 0}
+  runs = [entry.pages for entry in entries]
+  for shared in batch.shared:
+    if shared.node not in run_of_node:
+      run_of_node[shared.node] = len(runs)
+      runs.append(shared.pages)
   run_starts = np.concatenate([[0], np.cumsum([len(pages) for pages in runs])])
   page_list = np.concatenate(runs) if runs else np.empty(0, np.int32)
   if len(page_list) > bucket.num_page_indices:
@@ -75,10 +81,10 @@ def pack(batch: Batch, bucket: Bucket, table: SamplingTable, *, page_size: int,
   nodes = column("node")
   segments = [(starts[i], lens[i], entries[i].kv_start, entries[i].kv_len, run_starts[i])
               for i in own]
-  for j, shared in enumerate(batch.shared):
+  for shared in batch.shared:
     low, high = np.searchsorted(nodes, (shared.node, shared.subtree_end))
     segments.append((starts[low], starts[high] - starts[low], shared.kv_start, shared.kv_len,
-                     run_starts[len(entries) + j]))
+                     run_starts[run_of_node[shared.node]]))
   fields = np.zeros((5, bucket.num_segments), np.int32)
   if segments:
     fields[:, :len(segments)] = np.array(segments).T

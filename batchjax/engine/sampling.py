@@ -7,7 +7,6 @@ therefore depends on neither its neighbours nor the shape of the step.
 """
 
 import functools
-import itertools
 import operator
 from collections.abc import Callable
 
@@ -22,7 +21,7 @@ from batchjax.types import SamplingInputs
 
 # Sums over the vocabulary are trees of this fan-out.
 _FAN_OUT = 16
-# exp(-60) leaves room above the smallest normal float32, where products round to normal numbers.
+# exp(-60) and sums of such weights are normal numbers, which no device flushes to zero.
 _MIN_EXPONENT = -60.0
 # The reciprocals of smaller numbers overflow; rows this cold are greedy but for exact ties.
 _MIN_TEMPERATURE = 1e-30
@@ -353,22 +352,21 @@ def _sum_tree(weights: Array, lowest: Array) -> tuple[list[Array], Array]:
 
 
 def _descend(tree: list[Array], lowest: Array, row_keys: Array, attempt: int | Array) -> Array:
-  """Draws a leaf in proportion to its weight, one uniform number per level from the root.
+  """Draws a leaf in proportion to its weight: from the root, a child in proportion to its sum.
 
-  Inverse transform sampling at each node: child i is taken where the running
-  sum first exceeds u * total. As u < 1, it does so at a child above zero.
+  The child is drawn by the Gumbel maximum, which never takes one of weight 0.
+  Its random numbers are few: one for each child of the nodes on the way down.
   """
-  uniform = jax.vmap(
-    lambda key: jax.random.uniform(jax.random.fold_in(key, attempt), (len(tree),)))(row_keys)
+  shape = (len(tree), _FAN_OUT)
+  gumbel = jax.vmap(
+    lambda key: jax.random.gumbel(jax.random.fold_in(key, attempt), shape))(row_keys)
   node = jnp.zeros(len(row_keys), jnp.int32)
   for i, level in enumerate(reversed(tree)):
     children = jnp.take_along_axis(level, node[:, None, None], axis=2)[:, :, 0]
     if level is tree[0]:
       children = jnp.where(children >= lowest[:, None], children, 0.0)
-    sums = jnp.stack(list(itertools.accumulate(children.T)), axis=1)
-    target = uniform[:, i] * sums[:, -1]
-    child = (sums[:, :-1] <= target[:, None]).sum(axis=1, dtype=jnp.int32)
-    node = child * level.shape[2] + node
+    child = jnp.argmax(jnp.log(children) + gumbel[:, i, :children.shape[1]], axis=1)
+    node = child.astype(jnp.int32) * level.shape[2] + node
   return node
 
 

@@ -7,15 +7,15 @@ from typing import NamedTuple
 import numpy as np
 
 from batchjax.cache.page_table import PageTable, Run
+from batchjax.config import ConfigError
 from batchjax.engine.batch import Admission, Batch
 from batchjax.engine.builder import BatchBuilder
+from batchjax.engine.results import Results
 from batchjax.engine.row import Row
 from batchjax.plan.lengths import LengthPredictor, peak_pages
 from batchjax.plan.memory import pages_for
 from batchjax.plan.prefix_tree import PrefixTree
-from batchjax.types import Choice, Completion, FinishReason, Request, StepOutputs, StopTable
-
-_FINISH: dict[int, FinishReason] = {1: "stop", 2: "stop", 3: "length"}
+from batchjax.types import Completion, Request, StepOutputs, StopTable
 
 
 class SchedulerStats(NamedTuple):
@@ -40,14 +40,16 @@ class Scheduler:
 
   def __init__(self, requests: Sequence[Request], tree: PrefixTree, *, num_pages: int,
                page_size: int, max_rows: int, max_step_tokens: int, max_decode_steps: int,
-               stop_table: StopTable | None = None, num_cached: np.ndarray | None = None):
+               stop_table: StopTable | None = None):
     """Args:
       requests: of the window.
       tree: their prefix tree in the order of execution.
       num_pages, page_size: of the KV pool.
       max_rows, max_step_tokens, max_decode_steps: see `EngineConfig`.
       stop_table: stop automata, if any request has stop strings.
-      num_cached: prompt tokens of each request that another one computes.
+
+    Raises:
+      ConfigError: the steps are too small to score prompts.
     """
     self._requests, self._tree = requests, tree
     self._max_rows, self._max_step_tokens = max_rows, max_step_tokens
@@ -55,6 +57,9 @@ class Scheduler:
     self._pool = PageTable(num_pages, page_size)
     self._lengths = LengthPredictor()
     self._scores = any(r.sampling_params.prompt_logprobs for r in requests)
+    if self._scores and max_step_tokens < 2:
+      raise ConfigError("engine.max_step_tokens=1 holds no token beside the one that scores it: "
+                        "prompt_logprobs needs at least 2")
 
     samples = np.array([r.sampling_params.n for r in requests], np.int64)
     order = np.argsort(tree.node_of_request, kind="stable")
@@ -70,26 +75,23 @@ class Scheduler:
     self._node_run: dict[int, Run] = {}
     self._node_left = tree.num_rows.copy()  # rows below that have not finished
     self._node_active = np.zeros(len(tree.parent), np.int64)  # rows below in slots
-    self._node_scores: dict[int, list[tuple]] = {}
-    self._unfinished = samples.copy()
-    self._choices: dict[int, list[Choice]] = collections.defaultdict(list)
-    self._num_cached = np.zeros(len(requests), np.int64)
     self._computed = np.zeros(len(tree.parent), bool)  # nodes whose tokens were counted once
+    self._admissions: list[Admission] = []  # that no batch has carried yet
+    self._results = Results(requests, tree)
     self._num_in_flight = 0
     self._num_preempted = 0
-    self._num_retired = 0
 
   @property
   def finished(self) -> bool:
     """Every request has been completed and handed out."""
-    return not self._unfinished.any()
+    return self._results.finished
 
   @property
   def stats(self) -> SchedulerStats:
     """Counters for metrics and progress."""
     return SchedulerStats(used_pages=self._pool.num_pages - self._pool.num_free,
                           num_running=len(self._active), num_waiting=self._num_waiting,
-                          num_retired=self._num_retired, num_preempted=self._num_preempted)
+                          num_retired=self._results.num_complete, num_preempted=self._num_preempted)
 
   # -- forming a step -------------------------------------------------------
 
@@ -99,14 +101,15 @@ class Scheduler:
       return None
     step = self._builder(1)
     if self._fill(step):
-      batch = step.build("mixed")
+      batch = step.build("mixed", self._admissions)
     elif not self._decoding:
       return None
     else:
       num_steps = self._loop_steps()
       for row in self._decoding.values():
         self._pool.grow(row.run, self._kv_len(row, num_steps))
-      batch = self._builder(num_steps).build("decode")
+      batch = self._builder(num_steps).build("decode", self._admissions)
+    self._admissions = []
     self._num_in_flight += 1
     for sample in batch.samples:
       row = sample.row
@@ -190,7 +193,7 @@ class Scheduler:
         if not admissible or not step.has_room_for(self._peek(1)[0]):
           return step.has_prefill
         admissible -= 1
-        self._admit(step)
+        self._admit()
 
   # -- admission --------------------------------------------------------------
 
@@ -260,12 +263,18 @@ class Scheduler:
       node = int(self._tree.parent[node])
     return path[::-1]
 
-  def _admit(self, step: BatchBuilder) -> None:
+  def _admit(self) -> None:
     row = self._peek(1)[0]
+    prompt = self._requests[row.request].prompt_token_ids
     if self._preempted:
       self._preempted.pop()
     else:
       self._next_seq += 1
+      fresh = [node for node in self._tree_path(row) if not self._computed[node]]
+      self._computed[fresh] = True
+      if row.sample == 0:
+        num_computed = int(self._tree.length[fresh].sum())
+        self._results.num_cached[row.request] = len(prompt) - num_computed
     row.slot = self._free_slots.pop()
     row.run = self._pool.open_run(row.own_start)
     row.num_computed = 0
@@ -277,14 +286,9 @@ class Scheduler:
         self._node_run[node] = self._pool.open_run(int(self._tree.start[node]))
         if self._tree.length[node]:
           self._prefill.append(node)
-    fresh = [node for node in self._tree_path(row) if not self._computed[node]]
-    self._computed[fresh] = True
-    prompt = self._requests[row.request].prompt_token_ids
-    if row.sample == 0 and not row.tokens:
-      self._num_cached[row.request] = len(prompt) - int(self._tree.length[fresh].sum())
     self._prefill.append(row)
     request = self._requests[row.request]
-    step.admissions.append(Admission(row.slot, request.request_id, request.sampling_params,
+    self._admissions.append(Admission(row.slot, request.request_id, request.sampling_params,
                                      row.sample, prompt, np.array(row.tokens, np.int32)))
 
   def _tree_path(self, row: Row) -> list[int]:
@@ -325,89 +329,26 @@ class Scheduler:
   def retire(self, batch: Batch, outputs: StepOutputs) -> list[Completion]:
     """Takes in the results of `batch`; returns the requests that are complete with them."""
     self._num_in_flight -= 1
-    self._collect_scores(batch, outputs)
+    self._results.add_scores(batch, outputs)
     tokens, finish = np.asarray(outputs.tokens), np.asarray(outputs.finish)
-    drawn = (tokens >= 0).sum(axis=0)
-    done: list[int] = []
-    for i, sample in enumerate(batch.samples):
+    num_drawn = (tokens >= 0).sum(axis=0).tolist()
+    completions = []
+    for i, (sample, count) in enumerate(zip(batch.samples, num_drawn)):
       row = sample.row
-      if row.finish or not (count := int(drawn[i])):
-        if not row.finish and row.max_tokens == 0:
-          row.finish = 3
-          done += self._complete(row)
+      if row.finish:  # known since an earlier step; this one was in flight
         continue
       row.tokens.extend(tokens[:count, i].tolist())
       if outputs.logprobs is not None:
         row.logprobs.extend(outputs.logprobs[:count, i].tolist())
       if outputs.top_logprobs is not None:
         row.top.extend(zip(outputs.top_token_ids[:count, i], outputs.top_logprobs[:count, i]))
-      row.finish = int(finish[count - 1, i])
+      row.finish = int(finish[count - 1, i]) if row.max_tokens else 3
       if row.finish:
         if row.slot >= 0:
           self._release(row)
         self._lengths.add(len(row.tokens), row.max_tokens)
-        done += self._complete(row)
-    return [self._completion(request) for request in done]
-
-  def _complete(self, row: Row) -> list[int]:
-    """Files the row's choice; returns its request if that was the last one."""
-    count = len(row.tokens) - (row.finish == 1)
-    params = self._requests[row.request].sampling_params
-    top = row.top[:count] if params.top_logprobs else None
-    self._choices[row.request].append(Choice(
-        index=row.sample, token_ids=np.array(row.tokens[:count], np.int32),
-        finish_reason=_FINISH[row.finish],
-        logprobs=np.array(row.logprobs[:count], np.float32) if params.logprobs else None,
-        top_token_ids=None if top is None else np.array(
-            [ids[:params.top_logprobs] for ids, _ in top], np.int32).reshape(count, -1),
-        top_logprobs=None if top is None else np.array(
-            [values[:params.top_logprobs] for _, values in top], np.float32).reshape(count, -1)))
-    self._unfinished[row.request] -= 1
-    return [] if self._unfinished[row.request] else [row.request]
-
-  def _completion(self, index: int) -> Completion:
-    request = self._requests[index]
-    self._num_retired += 1
-    scores = self._prompt_scores(index) if request.sampling_params.prompt_logprobs else (None,) * 3
-    return Completion(
-        request_id=request.request_id,
-        choices=tuple(sorted(self._choices.pop(index), key=lambda choice: choice.index)),
-        num_prompt_tokens=len(request.prompt_token_ids),
-        num_cached_tokens=int(self._num_cached[index]),
-        prompt_logprobs=scores[0], prompt_top_token_ids=scores[1], prompt_top_logprobs=scores[2])
-
-  # -- prompt log-probabilities ----------------------------------------------------
-
-  def _collect_scores(self, batch: Batch, outputs: StepOutputs) -> None:
-    if not batch.prompt_scores:
-      return
-    place = batch.entry_starts
-    for score in batch.prompt_scores:
-      first = place[score.entry_node, score.entry_seq] + score.first
-      here = slice(first, first + len(score.next_tokens))
-      top = outputs.prompt_top_logprobs is not None
-      self._node_scores.setdefault(score.node, []).append((
-          score.offset, outputs.prompt_logprobs[here],
-          outputs.prompt_top_token_ids[here] if top else None,
-          outputs.prompt_top_logprobs[here] if top else None))
-
-  def _prompt_scores(self, index: int) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
-    """Concatenates the scores of the nodes on the request's path; the first token has none."""
-    prompt_len = len(self._requests[index].prompt_token_ids)
-    num_top = self._requests[index].sampling_params.top_logprobs
-    logprobs = np.full(prompt_len, np.nan, np.float32)
-    top_ids = np.full((prompt_len, num_top), -1, np.int32) if num_top else None
-    top_logprobs = np.full((prompt_len, num_top), np.nan, np.float32) if num_top else None
-    node = int(self._tree.node_of_request[index])
-    while node > 0:
-      for offset, values, ids, tops in self._node_scores.get(node, ()):
-        start = int(self._tree.start[node]) + offset
-        logprobs[start:start + len(values)] = values
-        if num_top:
-          top_ids[start:start + len(values)] = ids[:, :num_top]
-          top_logprobs[start:start + len(values)] = tops[:, :num_top]
-      node = int(self._tree.parent[node])
-    return logprobs, top_ids, top_logprobs
+        completions.append(self._results.finish(row))
+    return [completion for completion in completions if completion is not None]
 
   def check_integrity(self) -> None:
     """Raises AssertionError if rows, nodes, slots and pages contradict each other."""

@@ -52,7 +52,7 @@ def mixed_step(module: Any, features: SamplingFeatures, params: Any,
     module: has `apply(params, inputs, kv)` and `apply(params, hidden, method="logits")`.
     features: what sampling has to do (static).
     params: of the module.
-    stop_transitions: of the stop table, None without stop strings.
+    stop_transitions: of the stop table, None where no job has stop strings.
     state: donated.
     inputs: from `pack`.
 
@@ -100,18 +100,19 @@ def decode_loop(module: Any, features: SamplingFeatures, max_steps: int, params:
     step, state, inputs, buffers = carry
     _, outputs, state = _advance(module, features, params, stop_transitions, state, inputs)
     buffers = jax.tree.map(lambda b, x: b.at[step].set(x), buffers, outputs)
-    return step + 1, state, _next_inputs(inputs, page_size), buffers
+    return step + 1, state, _next_inputs(inputs, state.done, page_size), buffers
 
   _, state, _, buffers = jax.lax.while_loop(go_on, body, (0, state, inputs, buffers))
   return buffers, state
 
 
-def _next_inputs(inputs: StepInputs, page_size: int) -> StepInputs:
+def _next_inputs(inputs: StepInputs, done: Bool[Array, "slots"], page_size: int) -> StepInputs:
   """The decode step after this one: every row one token further, in its own run."""
   segments = inputs.segments
   own = inputs.own_segments
-  num_segments = segments.kv_len.shape[0]
-  grown = segments.kv_len.at[jnp.where(own < 0, num_segments, own)].add(1, mode="drop")
+  # A row that is done has no pages for more, so its segment must not reach behind them.
+  grows = (own >= 0) & ~jnp.take(done, inputs.slots, mode="clip")
+  grown = segments.kv_len.at[jnp.where(grows, own, segments.kv_len.shape[0])].add(1, mode="drop")
   own_of = lambda field: jnp.take(field, own, mode="clip")
   positions = jnp.where(inputs.positions < 0, -1, inputs.positions + 1)
   in_run = positions - own_of(segments.kv_start)
@@ -145,7 +146,7 @@ def _advance(module, features, params, stop_transitions, state, inputs):
                             state.penalties, inputs.slots)
     drawn = jnp.where(draws, drawn, -1)
     stop_states = None
-    if stop_transitions is not None:
+    if features.stop_strings:
       entered = jnp.where(inputs.is_first, inputs.stop_states,
                           of_slot(state.stop_states, inputs.slots))
       stop_states = sampling.advance_stop(stop_transitions, inputs.sampling.automaton, entered,

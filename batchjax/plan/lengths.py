@@ -1,32 +1,32 @@
 """How long outputs get: learned while the job runs (Past-Future, section 3; Tokasaurus)."""
 
-import bisect
+import collections
 
 import numpy as np
 
 
 class LengthPredictor:
-  """Predicts the final length of a running row from the rows that have finished.
+  """Predicts the final length of a running row from the rows that finished last.
 
   Works on fractions of `max_tokens`, so rows with different limits inform each
   other. Before `min_history` rows have finished every row is taken to reach its
   limit, which can only admit too few rows, never too many.
   """
 
-  def __init__(self, min_history: int = 32):
-    self._fractions: list[float] = []
+  def __init__(self, min_history: int = 32, max_history: int = 1024):
+    self._fractions: collections.deque[float] = collections.deque(maxlen=max_history)
     self._min_history = min_history
 
   def add(self, num_generated: int, max_tokens: int) -> None:
     """Records a finished row."""
     if max_tokens:
-      bisect.insort(self._fractions, num_generated / max_tokens)
+      self._fractions.append(num_generated / max_tokens)
 
   def predict(self, num_generated: np.ndarray, max_tokens: np.ndarray) -> np.ndarray:
     """Predicted final lengths, i64[rows]: mean plus one deviation of the longer finished rows."""
     if len(self._fractions) < self._min_history:
       return max_tokens.copy()
-    done = np.array(self._fractions)
+    done = np.sort(self._fractions)
     count = np.arange(len(done), 0, -1)
     mean = np.cumsum(done[::-1])[::-1] / count
     spread = np.sqrt(np.maximum(np.cumsum(done[::-1] ** 2)[::-1] / count - mean ** 2, 0.0))

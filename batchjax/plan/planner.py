@@ -121,7 +121,7 @@ def make_plan(model: ModelConfig, requests: Sequence[Request], engine: EngineCon
     max_tokens_mixed = min(max_tokens_mixed, int(tree.length.sum()) + total_rows)
   shapes = simulate.simulate(
       make_scheduler(requests, plan, engine, max_rows, max_tokens_mixed, stop_table),
-      _MAX_DISPATCHES)
+      _MAX_DISPATCHES, max(p.top_logprobs for p in params))
   num_shared = max_rows * engine.max_levels
   if is_only_window:
     num_shared = min(num_shared, int((tree.num_rows[1:] > 1).sum()))
@@ -166,13 +166,21 @@ def _predict(model: ModelConfig, chip: Chip, shapes: list[simulate.StepShape],
   sizes = [pick_bucket(buckets, shape.kind, shape.num_tokens).num_tokens for shape in shapes]
   launched = sum(size * shape.num_steps for size, shape in zip(sizes, shapes))
   useful = sum(shape.num_tokens * shape.num_steps for shape in shapes)
-  # What was simulated stands for the rest of the window in proportion to its tokens.
-  all_tokens = totals.prompt_tokens_planned + totals.decode_tokens
-  scale = max(1.0, all_tokens / max(useful, 1))
-  kinds = collections.Counter(shape.kind for shape in shapes)
+  secs, dispatches, drawn, scale = (collections.Counter() for _ in range(4))
+  for size, shape in zip(sizes, shapes):
+    secs[shape.kind] += shape.secs(model, chip, size)
+    dispatches[shape.kind] += 1
+    drawn[shape.kind] += shape.num_rows * shape.num_steps
+  # What was simulated stands for the rest of the window: mixed steps in proportion to the prompt
+  # tokens, decode loops to the tokens that mixed steps leave to draw.
+  prompt_tokens = sum(shape.num_prompt_tokens for shape in shapes)
+  scale["mixed"] = max(1.0, totals.prompt_tokens_planned / max(prompt_tokens, 1))
+  left = totals.decode_tokens - scale["mixed"] * drawn["mixed"]
+  scale["decode"] = max(1.0, left / max(drawn["decode"], 1))
   return Prediction(
-      secs=scale * sum(shape.secs(model, chip, size) for size, shape in zip(sizes, shapes)),
-      num_mixed=round(scale * kinds["mixed"]), num_decode=round(scale * kinds["decode"]),
+      secs=sum(scale[kind] * secs[kind] for kind in scale),
+      num_mixed=round(scale["mixed"] * dispatches["mixed"]),
+      num_decode=round(scale["decode"] * dispatches["decode"]),
       padding_waste=1 - useful / max(launched, 1),
       peak_pages=max((shape.used_pages for shape in shapes), default=0),
       is_extrapolated=len(shapes) == _MAX_DISPATCHES)

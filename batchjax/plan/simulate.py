@@ -41,12 +41,13 @@ class StepShape:
                                       self.kv_read_tokens, self.attn_pairs).secs
 
 
-def simulate(scheduler: Scheduler, max_dispatches: int) -> list[StepShape]:
+def simulate(scheduler: Scheduler, max_dispatches: int, num_top: int = 0) -> list[StepShape]:
   """Runs `scheduler` with every row reaching its `max_tokens`.
 
   Args:
     scheduler: fresh; it is used up.
     max_dispatches: stop after this many.
+    num_top: most `top_logprobs` of its requests.
   """
   shapes = []
   for _ in itertools.repeat(None, max_dispatches):
@@ -54,7 +55,7 @@ def simulate(scheduler: Scheduler, max_dispatches: int) -> list[StepShape]:
       break
     batch = scheduler.next_batch()
     shapes.append(_shape(batch, scheduler.stats.used_pages))
-    scheduler.retire(batch, _outputs(batch))
+    scheduler.retire(batch, _outputs(batch, num_top))
   return shapes
 
 
@@ -74,11 +75,13 @@ def _shape(batch: Batch, used_pages: int) -> StepShape:
                    batch.num_prompt_tokens, kv_read, attn_pairs, used_pages)
 
 
-def _outputs(batch: Batch) -> StepOutputs:
-  """Every row draws token 0 until it has `max_tokens`."""
+def _outputs(batch: Batch, num_top: int) -> StepOutputs:
+  """Every row draws token 0 until it has `max_tokens`; all log-probabilities are 0."""
   step = np.arange(batch.num_steps)[:, None]
   left = np.array([s.row.max_tokens - s.num_generated for s in batch.samples], np.int64)
   tokens = np.where(step < left, 0, -1).astype(np.int32)
   finish = np.where(step == left - 1, 3, 0).astype(np.int8)
-  none = np.zeros(batch.num_tokens, np.float32)
-  return StepOutputs(tokens, finish, prompt_logprobs=none)
+  drawn, prompt = tokens.shape, (batch.num_tokens,)
+  return StepOutputs(tokens, finish, np.zeros(drawn), np.zeros((*drawn, num_top), np.int32),
+                     np.zeros((*drawn, num_top)), np.zeros(prompt),
+                     np.zeros((*prompt, num_top), np.int32), np.zeros((*prompt, num_top)))

@@ -94,27 +94,28 @@ class NumpyDevice:
       outputs, prompt_scores = self._advance(inputs)
       stacked = StepOutputs(*(None if x is None else x[None] for x in outputs))
       return stacked._replace(**prompt_scores)
-    steps = []
-    for _ in range(num_steps):
-      live = inputs.slots >= 0
-      if not live.any() or self._done[inputs.slots[live]].all():
+    shape, top = (self._max_decode_steps, len(inputs.slots)), self._features.num_top_logprobs
+    buffers = StepOutputs(np.full(shape, -1, np.int32), np.zeros(shape, np.int8))
+    if self._features.logprobs:
+      buffers = buffers._replace(logprobs=np.zeros(shape, np.float32))
+      if top:
+        buffers = buffers._replace(top_token_ids=np.zeros((*shape, top), np.int32),
+                                   top_logprobs=np.zeros((*shape, top), np.float32))
+    slots = inputs.slots[inputs.slots >= 0]
+    for step in range(num_steps):
+      if self._done[slots].all():  # before the first step too: the host learns of it later
         break
-      steps.append(self._advance(inputs)[0])
+      for buffer, values in zip(buffers, self._advance(inputs)[0]):
+        if buffer is not None:
+          buffer[step] = values
       inputs = self._next_inputs(inputs)
-    unused = self._max_decode_steps - len(steps)
-    fill = lambda rows, like: np.concatenate(
-        [np.stack(rows), np.full((unused, *like.shape), -1, like.dtype)])
-    return StepOutputs(*(None if rows[0] is None else fill(rows, rows[0])
-                         for rows in zip(*steps or [self._nothing(inputs)])))
-
-  def _nothing(self, inputs: StepInputs) -> StepOutputs:
-    raise AssertionError(f"a decode loop over rows that are all done: slots {inputs.slots}")
+    return buffers
 
   def _next_inputs(self, inputs: StepInputs) -> StepInputs:
     segments, own = inputs.segments, inputs.own_segments
     used = own >= 0
     kv_len = segments.kv_len.copy()
-    kv_len[own[used]] += 1
+    kv_len[own[used & ~self._done[inputs.slots]]] += 1
     positions = np.where(inputs.positions < 0, -1, inputs.positions + 1)
     write_slots = np.full_like(inputs.write_slots, -1)
     in_run = positions[used] - segments.kv_start[own[used]]
@@ -138,9 +139,9 @@ class NumpyDevice:
     drawn, finish = np.full(num_rows, -1, np.int32), np.zeros(num_rows, np.int8)
     logits = logits_of_hashes(hidden[np.maximum(inputs.sample_tokens, 0)], self._vocab_size)
     for r, slot in enumerate(inputs.slots):
-      if slot < 0 or (self._done[slot] and not inputs.is_first[r]):
-        continue
       row = SamplingInputs(*(field[r] for field in inputs.sampling))
+      if slot < 0 or row.max_tokens == 0 or (self._done[slot] and not inputs.is_first[r]):
+        continue
       assert live[inputs.sample_tokens[r]], "a row draws from a dead token"
       drawn[r] = fake_draw(
           masked(logits[r], row.stop_ids, inputs.num_generated[r] < row.min_tokens),
@@ -184,6 +185,8 @@ class NumpyDevice:
 
   def _attend(self, inputs: StepInputs, live: np.ndarray) -> np.ndarray:
     """The sum of hashes of what each token sees: u32[T]."""
+    num_indices = sum(-(-kv_len // self._page_size) for kv_len in inputs.segments.kv_len.tolist())
+    assert num_indices <= len(inputs.page_indices), "segments are longer than the page list"
     total = np.zeros(len(live), np.uint32)
     num_seen = np.zeros(len(live), np.int64)
     for q_start, q_len, kv_start, kv_len, page_start in zip(*map(np.ndarray.tolist,
@@ -193,13 +196,11 @@ class NumpyDevice:
       here = np.arange(q_start, q_start + q_len)
       here = here[live[here]]
       j = np.arange(kv_len)
-      index = page_start + j // self._page_size
-      inside = index < len(inputs.page_indices)
-      page = inputs.page_indices[np.where(inside, index, 0)]
+      assert page_start + j[-1] // self._page_size < len(inputs.page_indices), "no such page"
+      page = inputs.page_indices[page_start + j // self._page_size]
       slot = page * self._page_size + j % self._page_size
       sees = kv_start + j <= inputs.positions[here][:, None]
       seen = sees.any(axis=0)
-      assert inside[seen].all(), "a segment reads behind the page list"
       assert self._written[page, j % self._page_size][seen].all(), "KV is read before its writing"
       assert (self._positions[slot] == kv_start + j)[seen].all(), "KV of another position is read"
       hashed = mix(self._tokens[slot], self._positions[slot])

@@ -30,10 +30,10 @@ def oracle_generate(model: Model, requests: Iterable[Request], max_len: int,
     max_len: every sequence is padded to this, so that one shape is compiled.
     token_bytes: of each token id, where requests have stop strings.
   """
-  logits_fn = transformer_logits(model, max_len)
+  eos_token_ids = model.config.eos_token_ids
+  logits_fn, draw_fn = transformer_logits(model, max_len), make_draw_fn(eos_token_ids)
   for request in requests:
-    yield oracle_completion(request, logits_fn, make_draw_fn(model.config.eos_token_ids),
-                            model.config.eos_token_ids, token_bytes)
+    yield oracle_completion(request, logits_fn, draw_fn, eos_token_ids, token_bytes)
 
 
 def oracle_completion(request: Request, logits_fn: LogitsFn, draw_fn: DrawFn,
@@ -158,10 +158,14 @@ def make_draw_fn(eos_token_ids: Sequence[int]) -> DrawFn:
       params = type(params)(**{**vars(params), "stop": ()})  # draws do not depend on them
     inputs = pack_sampling([params], [sample], features, eos_token_ids, None, 1)
     prompt = request.prompt_token_ids
-    room = np.full(params.max_tokens, -1, np.int32)
-    room[:len(output)] = output
     return int(run(logits, inputs, np.int32(len(prompt) + len(output)), np.int32(len(output)),
-                   prompt if features.penalties else room[:0],
-                   room if features.penalties else room[:0], features))
+                   _padded(prompt), _padded(output), features))
 
   return draw_fn
+
+
+def _padded(tokens: Sequence[int]) -> np.ndarray:
+  """Padded with -1 to one of few lengths."""
+  padded = np.full(-(-max(len(tokens), 1) // 128) * 128, -1, np.int32)
+  padded[:len(tokens)] = tokens
+  return padded

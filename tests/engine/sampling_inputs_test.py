@@ -42,7 +42,8 @@ def test_max_top_k_is_a_power_of_two(top_k, expected):
 def test_union_serves_both():
   rows = [PLAIN, GREEDY, RICH]
   together = SamplingFeatures.of(rows, EOS)
-  assert together == SamplingFeatures.of([PLAIN], EOS).union(SamplingFeatures.of([GREEDY, RICH], EOS))
+  plain, others = SamplingFeatures.of([PLAIN], EOS), SamplingFeatures.of([GREEDY, RICH], EOS)
+  assert together == plain.union(others) == others.union(plain)
   assert not together.greedy_only and together.any_greedy and together.num_stop_ids == 3
   assert hash(together) == hash(SamplingFeatures.of(reversed(rows), EOS))
 
@@ -81,7 +82,8 @@ def test_table_replaces_rows_and_gathers_copies():
   table.set(1, PLAIN, 0)
   assert before.sample_index[0] == 4
   after = table.gather(np.array([1]))
-  expected = pack_sampling([PLAIN], [0], SamplingFeatures.of([RICH, PLAIN], EOS), EOS, STOP_TABLE, 1)
+  features = SamplingFeatures.of([RICH, PLAIN], EOS)
+  expected = pack_sampling([PLAIN], [0], features, EOS, STOP_TABLE, 1)
   for got, want in zip(after, expected):
     np.testing.assert_array_equal(got, want)
 

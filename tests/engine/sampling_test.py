@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
@@ -36,9 +36,12 @@ def draw(logits, params, *, positions=0, num_generated=0, sample_indices=0, feat
                                as_rows(num_generated), features, penalties))
 
 
+run_admit = jax.jit(sampling.admit)
+
+
 def adjusted_ref(logits, params, prompt, output):
   """Steps 1 to 4 in float64, one row, in loops."""
-  logits = np.float64(logits)
+  logits = np.array(logits, np.float64)
   for token, bias in params.logit_bias:
     logits[token] += bias
   for token in set(prompt) | set(output):
@@ -54,14 +57,15 @@ def adjusted_ref(logits, params, prompt, output):
 def kept_ref(logits, params):
   """Probabilities after truncation by a sort in float64, and how near a token came to the edge."""
   weights = np.exp((logits - logits.max()) / params.temperature)
+  margin = np.abs(weights - params.min_p)[weights < 1].min(initial=1) if params.min_p else 1
   weights = np.where(weights >= np.float32(params.min_p), weights, 0)
-  margin = np.abs(weights - params.min_p)[weights != weights.max()].min(initial=1)
   if params.top_k > 0:
     kth = np.sort(weights)[::-1][min(params.top_k, len(weights)) - 1]
     weights = np.where(weights >= kth, weights, 0)
   mass_above = np.array([weights[weights > w].sum() for w in weights]) / weights.sum()
   if params.top_p < 1:
-    margin = min(margin, np.abs(mass_above - params.top_p).min())
+    edges = np.abs(mass_above - params.top_p)[mass_above > 0]
+    margin = min(margin, edges.min(initial=1))
     weights = np.where((mass_above < params.top_p) | (mass_above == 0), weights, 0)
   return weights / weights.sum(), margin
 
@@ -92,9 +96,9 @@ TRUNCATIONS = [
   SamplingParams(temperature=1.7, top_k=12, top_p=0.8, min_p=0.05)]
 
 
-@pytest.mark.parametrize("params", TRUNCATIONS, ids=str)
-@pytest.mark.parametrize("vocab_size", [37, 300])
-def test_draws_are_distributed_as_the_truncated_model(params, vocab_size):
+@pytest.mark.parametrize("params", TRUNCATIONS, ids=[str(i) for i in range(len(TRUNCATIONS))])
+def test_draws_are_distributed_as_the_truncated_model(params):
+  vocab_size = 300
   logits = np.random.default_rng(vocab_size).normal(size=vocab_size).astype(np.float32) * 2
   probs, margin = kept_ref(np.float64(logits), params)
   assert margin > 1e-6
@@ -115,7 +119,7 @@ def test_draws_are_distributed_as_the_truncated_model(params, vocab_size):
 
 
 @given(st.data())
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.explicit, Phase.generate])
 def test_combinations_stay_inside_what_is_kept(data):
   vocab_size = 45
   rng = np.random.default_rng(data.draw(st.integers(0, 2**32 - 1)))
@@ -135,7 +139,7 @@ def test_combinations_stay_inside_what_is_kept(data):
       repetition_penalty=data.draw(st.sampled_from([1.0, 2.0])),
       logit_bias=tuple(data.draw(st.dictionaries(token, st.sampled_from([-100.0, 2.0]),
                                                  max_size=3)).items()),
-      seed=data.draw(st.integers(0, 2**40)))
+      seed=data.draw(st.integers(0, 2**32 - 1)))
     rows.append(params)
     prompts.append(data.draw(st.lists(token, min_size=1, max_size=6)))
     outputs.append(data.draw(st.lists(token, max_size=6)))
@@ -144,9 +148,9 @@ def test_combinations_stay_inside_what_is_kept(data):
     greedy_only=False, any_greedy=True, max_top_k=64, top_p=True, min_p=True, penalties=True,
     num_bias=3, min_tokens=True, num_stop_ids=3)
   state = sampling.PenaltyState.create(8, vocab_size, features)
-  pad = lambda tokens: jnp.array(tokens + [-1] * (6 - len(tokens)), jnp.int32)
+  pad = lambda tokens: np.array(tokens + [-1] * (6 - len(tokens)), np.int32)
   for slot in range(8):
-    state = sampling.admit(state, jnp.int32(slot), pad(prompts[slot]), pad(outputs[slot]))
+    state = run_admit(state, jnp.int32(slot), pad(prompts[slot]), pad(outputs[slot]))
   tokens = draw(logits, rows, num_generated=[len(o) for o in outputs], features=features,
                 penalties=state)
   for i, params in enumerate(rows):
@@ -161,19 +165,19 @@ def test_combinations_stay_inside_what_is_kept(data):
 def test_rows_are_independent_bit_for_bit():
   rng = np.random.default_rng(7)
   cycle = list(itertools.islice(itertools.cycle(TRUNCATIONS), 24))
-  for vocab_size in (61, 515):
-    logits = (rng.normal(size=(24, vocab_size)) * 3).astype(np.float32)
-    rows = [dataclasses.replace(p, seed=i) for i, p in enumerate(cycle)]
-    features = SamplingFeatures.of(rows, EOS)
-    positions = np.arange(24) + 100
-    together = draw(logits, rows, positions=positions, features=features)
-    logprobs = run_logprobs(logits, together, 3)
-    for order in (rng.permutation(24), rng.permutation(24)[:7], [5], [3, 3]):
-      picked = draw(logits[order], [rows[i] for i in order], positions=positions[order],
-                    features=features)
-      np.testing.assert_array_equal(picked, together[order])
-      for got, want in zip(run_logprobs(logits[order], picked, 3), logprobs):
-        np.testing.assert_array_equal(np.asarray(got), np.asarray(want)[order])
+  logits = (rng.normal(size=(24, 515)) * 3).astype(np.float32)
+  rows = [dataclasses.replace(p, seed=i) for i, p in enumerate(cycle)]
+  features = SamplingFeatures.of(rows, EOS)
+  positions = np.arange(24) + 100
+  together = draw(logits, rows, positions=positions, features=features)
+  logprobs = run_logprobs(logits, together, 3)
+  orders = [rng.permutation(24), rng.permutation(24)[:7], *np.arange(24)[:, None]]
+  for order in orders:
+    picked = draw(logits[order], [rows[i] for i in order], positions=positions[order],
+                  features=features)
+    np.testing.assert_array_equal(picked, together[order])
+    for got, want in zip(run_logprobs(logits[order], picked, 3), logprobs):
+      np.testing.assert_array_equal(np.asarray(got), np.asarray(want)[order])
 
 
 def test_sums_are_independent_of_the_number_of_rows():
@@ -211,7 +215,8 @@ def test_num_generated_and_features_do_not_change_a_draw():
 
 
 @pytest.mark.parametrize("params", [
-  SamplingParams(temperature=0.0), SamplingParams(), SamplingParams(temperature=1e-6), SamplingParams(temperature=1e-36),
+  SamplingParams(temperature=0.0), SamplingParams(), SamplingParams(temperature=1e-6),
+  SamplingParams(temperature=1e-36),
   SamplingParams(temperature=100.0, top_p=0.5), SamplingParams(top_k=3, min_p=0.5, top_p=0.9)])
 def test_extreme_logits(params):
   vocab_size = 70
@@ -224,9 +229,12 @@ def test_extreme_logits(params):
   huge = np.full(vocab_size, -3e38)
   huge[50] = 3e38
   logits = np.tile(np.stack([one_left, infinite, nan, huge]), (8, 1))
-  tokens = draw(logits, params, positions=np.arange(32))
+  features = SamplingFeatures(greedy_only=False, any_greedy=True, max_top_k=16, top_p=True,
+                              min_p=True, num_stop_ids=1)
+  tokens = draw(logits, params, positions=np.arange(32), features=features)
   np.testing.assert_array_equal(tokens, [69, 33, 12, 50] * 8)
-  nothing = draw(np.full((16, vocab_size), -np.inf), params, positions=np.arange(16))
+  nothing = draw(np.full((32, vocab_size), -np.inf), params, positions=np.arange(32),
+                 features=features)
   assert ((nothing >= 0) & (nothing < vocab_size)).all()
 
 

@@ -1,0 +1,20 @@
+"""Llama-3-8B with random weights, bfloat16, for one GPU of 80 GB.
+
+    python scripts/bench.py --config=configs/llama3_8b.py --workload=prefix_groups \
+        --num_requests=1024 --prefix_len=2000 --share_degree=16 --distinct_len=200 \
+        --output_len=100 --measure_ceilings
+
+prints one line of JSON. Of 75 GiB that JAX may take, 15 are weights, 54 the KV pool (128 KiB a
+token: 442,368 tokens), and 6 are left for the largest step and for tuning while compiling.
+"""
+
+from batchjax.config import EngineConfig, JobConfig, ModelSource, to_config_dict
+from batchjax.types import SamplingParams
+
+
+def get_config():
+  return to_config_dict(JobConfig(
+      model=ModelSource(format="random", shape="llama3_8b", dtype="bfloat16"),
+      engine=EngineConfig(max_rows=1024, max_step_tokens=8192, page_size=64,
+                          kv_memory_bytes=54 << 30),
+      sampling=SamplingParams(temperature=0.0)))

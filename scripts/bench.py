@@ -1,0 +1,91 @@
+"""Times one workload of random tokens on this machine's device and prints one line of JSON.
+
+    python scripts/bench.py --config=configs/llama3_8b.py --workload=prefix_groups \
+        --num_requests=1024 --prefix_len=2000 --share_degree=16 --distinct_len=200 \
+        --output_len=100 --measure_ceilings
+
+`batchjax/workloads.py` says what the workloads and their flags are, `Figures` of
+`batchjax/bench.py` what the figures mean. Any field of the configuration can be set:
+--config.engine.share_prefixes=False. With --profile=DIR, two seconds of the run are
+traced, and where device time went is in the line too.
+"""
+
+import dataclasses
+import functools
+import os
+import sys
+import time
+
+from absl import app
+from absl import flags
+import jax
+from ml_collections import config_flags
+
+from batchjax import bench
+from batchjax.config import ConfigError, from_config_dict, JobConfig
+from batchjax.runner import configure_cache
+from batchjax.weights import load_model, WeightError
+from batchjax.workloads import default_sizes, Draw, WORKLOADS
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.")
+_WORKLOAD = flags.DEFINE_enum("workload", None, sorted(WORKLOADS), "What to run.", required=True)
+_SEED = flags.DEFINE_integer("seed", 0, "Of the tokens.")
+_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of all requests; 0 is greedy.")
+_REPEAT = flags.DEFINE_integer("repeat", 1, "Runs; a line of JSON each.", lower_bound=1)
+_CEILINGS = flags.DEFINE_bool("measure_ceilings", False, "Measure what the device can do, and "
+                              "report the floor that follows.")
+_PROFILE = flags.DEFINE_string("profile", None, "Folder for a trace of the last run.")
+_PROFILE_AFTER = flags.DEFINE_float("profile_after_secs", 2.0, "When the trace begins.")
+_PROFILE_SECS = flags.DEFINE_float("profile_secs", 2.0, "How long it lasts.")
+_DEFINE = {bool: flags.DEFINE_bool,
+           int: functools.partial(flags.DEFINE_integer, lower_bound=1),
+           float: functools.partial(flags.DEFINE_float, lower_bound=0.0)}
+_KINDS = {size: type(default) for name in WORKLOADS
+          for size, default in default_sizes(name).items()}
+_SIZES = {size: _DEFINE[kind](size, None, "Of " + ", ".join(
+    f"{name} ({default_sizes(name)[size]})" for name in WORKLOADS if size in default_sizes(name)))
+          for size, kind in _KINDS.items()}
+
+
+def main(argv: list[str]) -> int:
+  if len(argv) > 1:
+    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+  sizes = default_sizes(_WORKLOAD.value)
+  given = {name: flag.value for name, flag in _SIZES.items() if flag.value is not None}
+  if unknown := sorted(set(given) - set(sizes)):
+    raise app.UsageError(f"--workload={_WORKLOAD.value} has no {', '.join(unknown)}; "
+                         f"it has {', '.join(sizes)}")
+  sizes |= given
+  # JAX leaves a quarter of a GPU unused otherwise; read when the device is first touched.
+  os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+  try:
+    config = from_config_dict(JobConfig, _CONFIG.value.to_dict())
+    configure_cache(config.engine.compilation_cache_dir)
+    ceilings = bench.measure_ceilings(config.model.dtype) if _CEILINGS.value else None
+    start = time.perf_counter()
+    model = load_model(config.model)
+    jax.block_until_ready(model.params)
+    load_secs = time.perf_counter() - start
+    workload = WORKLOADS[_WORKLOAD.value](
+        Draw(model.config.vocab_size, _SEED.value, _TEMPERATURE.value), **sizes)
+    for number in range(_REPEAT.value):
+      line = {"model": config.model.name or config.model.shape or config.model.path,
+              "workload": _WORKLOAD.value, **sizes, "seed": _SEED.value,
+              "temperature": _TEMPERATURE.value, "load_secs": load_secs}
+      directory = _PROFILE.value if number == _REPEAT.value - 1 else None
+      tracer = bench.Tracer(directory, _PROFILE_AFTER.value, _PROFILE_SECS.value)
+      line |= dataclasses.asdict(bench.run(model, workload, config.engine, ceilings=ceilings,
+                                           on_step=tracer.on_step))
+      tracer.close()
+      if directory:
+        line["profile"] = dataclasses.asdict(bench.read_profile(directory))
+      print(bench.to_json(line), flush=True)
+  except (ConfigError, WeightError, bench.BenchError) as error:
+    print(f"error: {error}", file=sys.stderr)
+    return 2
+  return 0
+
+
+if __name__ == "__main__":
+  flags.mark_flag_as_required("config")
+  app.run(main)

@@ -1,0 +1,329 @@
+"""The figures of a run from made-up events, the floor against closed forms, traces, the script."""
+
+import dataclasses
+import json
+import os
+import pathlib
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import pytest
+
+from batchjax import bench
+from batchjax.config import EngineConfig, from_config_dict, JobConfig
+from batchjax.engine.batch import Batch, Sample
+from batchjax.engine.compile import CompileRecord
+from batchjax.engine.pack import Bucket
+from batchjax.engine.scheduler import SchedulerStats
+from batchjax.generate import StepEvent
+from batchjax.models import SHAPES
+from batchjax.plan import planner
+from batchjax.plan.cost import CHIPS
+from batchjax.plan.simulate import simulate
+from batchjax.types import Choice, Completion
+from batchjax.weights import load_config, Model
+from batchjax.workloads import Draw, multi_level, prefix_groups, random, samples
+
+ROOT = pathlib.Path(__file__).parents[1]
+CONFIG = SHAPES["tiny_llama"]
+ENGINE = EngineConfig(max_rows=8, max_step_tokens=40, page_size=8, num_pages=400,
+                      max_decode_steps=4)
+CEILINGS = dataclasses.replace(CHIPS["cpu"], bf16_flops=1e6, f32_flops=1e6, hbm_bytes_per_sec=1e3,
+                               step_overhead_secs=0.0)
+VOCAB = 1 << 20  # so large that nothing is shared by chance
+
+
+# -- the floor of dispatches -----------------------------------------------------
+
+
+def batches(workload, engine=ENGINE) -> list[tuple[Batch, np.ndarray]]:
+  """What the engine would dispatch, floors being taken at once: rows change afterwards."""
+  plan = planner.make_plan(CONFIG, workload.requests, engine, CHIPS["cpu"], buckets=())
+  scheduler = planner.make_scheduler(workload.requests, plan, engine, engine.max_rows,
+                                     engine.max_step_tokens, None)
+  next_batch, floors = scheduler.next_batch, []
+
+  def recorded():
+    batch = next_batch()
+    flops_bound = dataclasses.replace(CEILINGS, hbm_bytes_per_sec=1e30, f32_flops=1.0)
+    bytes_bound = dataclasses.replace(CEILINGS, f32_flops=1e30, hbm_bytes_per_sec=1.0)
+    floors.append((batch, np.array([bench.dispatch_floor_secs(batch, CONFIG, flops_bound),
+                                    bench.dispatch_floor_secs(batch, CONFIG, bytes_bound)])))
+    return batch
+
+  scheduler.next_batch = recorded
+  simulate(scheduler, 1000)
+  assert scheduler.finished
+  return floors
+
+
+def flops(num_tokens, num_sampled, attn_pairs) -> float:
+  unembedding = CONFIG.hidden_size * CONFIG.vocab_size
+  return (2 * num_tokens * (CONFIG.num_params - 2 * unembedding) + 2 * num_sampled * unembedding
+          + 4 * attn_pairs * CONFIG.num_heads * CONFIG.head_dim * CONFIG.num_layers)
+
+
+def triangle(begin: int, end: int) -> int:
+  """(query, key) pairs of positions begin to end - 1: each sees all up to itself."""
+  return sum(range(begin + 1, end + 1))
+
+
+@pytest.mark.parametrize("share", [True, False])
+def test_floor_of_prefix_groups_is_exact(share):
+  sizes = dict(num_requests=20, prefix_len=50, share_degree=5, distinct_len=7, output_len=9)
+  engine = dataclasses.replace(ENGINE, share_prefixes=share)
+  floors = batches(prefix_groups(Draw(VOCAB), **sizes), engine)
+  num_prefixes = 4 if share else 20
+  # The last token drawn is never fed in.
+  tokens = num_prefixes * 50 + 20 * (7 + 8)
+  pairs = num_prefixes * triangle(0, 50) + 20 * triangle(50, 65)
+  assert sum(f[0] for _, f in floors) == pytest.approx(flops(tokens, 20 * 9, pairs), rel=1e-12)
+  assert {batch.kind for batch, _ in floors} == {"mixed", "decode"}
+
+
+def test_floor_of_two_levels_and_of_samples_is_exact():
+  two_levels = multi_level(Draw(VOCAB), num_documents=2, questions_per_document=3, system_len=30,
+                           document_len=25, question_len=11, output_len=6)
+  pairs = triangle(0, 30) + 2 * triangle(30, 55) + 6 * triangle(55, 71)
+  assert sum(f[0] for _, f in batches(two_levels)) == pytest.approx(
+      flops(30 + 2 * 25 + 6 * 16, 36, pairs), rel=1e-12)
+  same_prompt = samples(Draw(VOCAB), num_prompts=2, prompt_len=24, num_samples=3, output_len=6)
+  recomputed = sum(b.num_prompt_tokens for b, _ in batches(same_prompt)) - 48
+  assert recomputed == 0
+  assert sum(f[0] for _, f in batches(same_prompt)) == pytest.approx(
+      flops(48 + 6 * 5, 36, 2 * triangle(0, 24) + 6 * triangle(24, 29)), rel=1e-12)
+
+
+def test_floor_reads_shared_kv_once_per_step():
+  shared = prefix_groups(Draw(VOCAB), num_requests=4, prefix_len=64, share_degree=4,
+                         distinct_len=8, output_len=5)
+  (mixed, _), *_ = floors = batches(shared, dataclasses.replace(ENGINE, max_step_tokens=128))
+  assert [batch.kind for batch, _ in floors] == ["mixed", "decode"]
+  assert mixed.num_tokens == 64 + 4 * 8
+  weights = 4 * (CONFIG.num_params - CONFIG.hidden_size * CONFIG.vocab_size)
+  # Iteration i reads the prefix once and 8 + 1 + i own tokens of each row, and writes one each.
+  expected = sum(weights + 4 * 4 * CONFIG.hidden_size
+                 + CONFIG.kv_bytes_per_token * (64 + 4 * (9 + i) + 4) for i in range(4))
+  assert floors[1][1][1] == pytest.approx(expected, rel=1e-12)
+
+
+def test_floor_of_a_decode_loop_leaves_out_rows_that_ended():
+  batch, floor = batches(random(Draw(VOCAB), num_requests=3, prompt_len=10, output_len=5))[-1]
+  assert batch.kind == "decode" and batch.num_steps == 4
+  ended = dataclasses.replace(batch, samples=tuple(
+      sample._replace(num_generated=sample.row.max_tokens - 4 + 3 * (i > 0))
+      for i, sample in enumerate(batch.samples)))
+  less = bench.dispatch_floor_secs(ended, CONFIG, dataclasses.replace(
+      CEILINGS, hbm_bytes_per_sec=1e30, f32_flops=1.0))
+  # Two rows leave after the first of four steps: their tokens at positions 11, 12 and 13 go.
+  assert floor[0] - less == pytest.approx(2 * flops(3, 3, triangle(11, 14)), rel=1e-9)
+  none_left = dataclasses.replace(batch, samples=tuple(
+      sample._replace(num_generated=sample.row.max_tokens) for sample in batch.samples))
+  assert bench.dispatch_floor_secs(none_left, CONFIG, CEILINGS) == 0.0
+
+
+# -- figures ---------------------------------------------------------------------
+
+
+def made_up_run(workload, tokens_per_row):
+  """A `generate` whose events are known."""
+  plan = planner.make_plan(CONFIG, workload.requests, ENGINE, CHIPS["cpu"], buckets=())
+  sample = Sample(None, 0, 0, 0, 1, False, 0)
+
+  def event(kind, num_rows, num_steps, num_tokens, bucket_tokens, prompt, drawn, secs, pages=0,
+            preempted=0):
+    batch = Batch(kind, (), (), (sample,) * num_rows, (), (), num_steps, num_tokens, prompt)
+    return StepEvent(batch, Bucket(kind, bucket_tokens, 8, 8, 400),
+                     SchedulerStats(pages, 0, 0, 0, preempted), drawn, 0.25 * secs, secs)
+
+  def generate(model, requests, engine, *, observe):
+    observe(CompileRecord("mixed 64", 3.0, True))
+    observe(CompileRecord("decode 8", 4.0, False))
+    observe(plan)
+    observe(event("mixed", 3, 1, 60, 64, 60, 3, 0.5, pages=100))
+    observe(event("decode", 3, 4, 3, 8, 0, 12, 0.8, pages=200))
+    observe(event("decode", 2, 4, 2, 8, 0, 2, 9.0, preempted=1))
+    observe(plan)
+    observe(event("decode", 3, 2, 3, 8, 0, 6, 0.2, preempted=2))
+    for request in requests:
+      choice = Choice(0, np.zeros(tokens_per_row, np.int32), "length")
+      yield Completion(request.request_id, (choice,), 10, 0)
+
+  return generate
+
+
+def test_figures_of_known_events(monkeypatch):
+  workload = random(Draw(VOCAB), num_requests=3, prompt_len=10, output_len=7)
+  monkeypatch.setattr(bench, "generate", made_up_run(workload, 7))
+  secs = []
+  got = bench.run(Model(CONFIG, {}), workload, ENGINE, on_step=secs.append)
+  assert len(secs) == 4 and secs == sorted(secs)
+  assert (got.num_compiled, got.num_cached, got.compile_secs) == (2, 1, 7.0)
+  assert got.steps == {"mixed": bench.StepTotals(1, 1, 0.5, None),
+                       "decode": bench.StepTotals(3, 10, 10.0, None)}
+  assert got.prompt_tokens_asked == got.prompt_tokens_optimal == 30
+  assert got.prompt_tokens_computed == 60
+  assert got.padding_waste == pytest.approx(1 - (60 + 12 + 2 + 6) / (64 + 80))
+  assert got.kv_peak_use == 0.5
+  assert got.num_preempted == 1 + 2, "counted per window"
+  assert got.decode_rows == 3
+  assert got.decode_ms_per_step == pytest.approx(150), "median of the loops with 3 rows"
+  assert got.host_share == pytest.approx(0.25 * 10.5 / got.elapsed_secs)
+  assert got.output_tokens == 21
+  assert got.output_tokens_per_sec * got.elapsed_secs == pytest.approx(21)
+  assert got.total_tokens_per_sec * got.elapsed_secs == pytest.approx(51)
+  assert got.requests_per_sec * got.elapsed_secs == pytest.approx(3)
+  assert got.floor_secs is got.share_of_floor is got.decode_floor_ms is got.gemm_flops is None
+
+
+def test_missing_tokens_are_an_error(monkeypatch):
+  workload = random(Draw(VOCAB), num_requests=3, prompt_len=10, output_len=7)
+  monkeypatch.setattr(bench, "generate", made_up_run(workload, 6))
+  with pytest.raises(bench.BenchError, match="3 requests with 18 tokens .* 3 with 21"):
+    bench.run(Model(CONFIG, {}), workload, ENGINE)
+
+
+def test_json_is_short_and_whole():
+  values = {"a": 1 / 3, "b": 123456789, "c": 1.23456789e14, "d": None, "e": {"f": 2.0, "g": True}}
+  assert json.loads(bench.to_json(values)) == {
+      "a": 0.33333, "b": 123456789, "c": 1.2346e14, "d": None, "e": {"f": 2.0, "g": True}}
+  assert "\n" not in bench.to_json(values)
+
+
+# -- traces ----------------------------------------------------------------------
+
+
+def write_trace(folder: pathlib.Path, plane: str, lines: dict[str, list[tuple[str, int, int]]]):
+  """A trace with one plane; events are (name, begin, duration) in microseconds."""
+  names = sorted({name for events in lines.values() for name, *_ in events})
+  text = f'planes {{ name: "{plane}" '
+  for line, events in lines.items():
+    text += f'lines {{ name: "{line}" timestamp_ns: 5000 ' + "".join(
+        f"events {{ metadata_id: {names.index(name) + 1} offset_ps: {begin * 10**6} "
+        f"duration_ps: {length * 10**6} }} " for name, begin, length in events) + "} "
+  for i, name in enumerate(names, start=1):
+    text += f'event_metadata {{ key: {i} value {{ id: {i} name: "{name}" }} }} '
+  data = jax.profiler.ProfileData.text_proto_to_serialized_xspace(text + "}")
+  path = folder / "plugins/profile/then/host.xplane.pb"
+  path.parent.mkdir(parents=True)
+  path.write_bytes(data)
+
+
+def test_profile_of_streams(tmp_path):
+  write_trace(tmp_path, "/device:GPU:0", {
+      "Stream #13(Compute)": [("gemm_1", 0, 40), ("gemm_2", 40, 20), ("softmax.7", 80, 10)],
+      "Stream #14(Compute)": [("softmax_9_1", 85, 15)],
+      "Stream #15(MemcpyH2D)": [("MemcpyH2D", 60, 20), ("MemcpyD2H", 100, 900)],
+      "XLA Modules": [("jit_step", 0, 500)]})
+  got = bench.read_profile(str(tmp_path))
+  assert got.window_secs == pytest.approx(100e-6)
+  assert got.idle_share == pytest.approx(0.2), "from 60 to 80; copies are no work"
+  assert list(got.kernels) == ["gemm", "softmax"]
+  assert got.kernels == pytest.approx({"gemm": 60e-6, "softmax": 25e-6})
+
+
+def test_profile_counts_nested_events_for_the_innermost(tmp_path):
+  write_trace(tmp_path, "/device:TPU:0", {
+      "Steps": [("3", 0, 300)],
+      "XLA Ops": [("while.1", 0, 100), ("fusion.3", 10, 30), ("copy.4", 15, 5),
+                  ("fusion.5", 50, 40), ("dot.2", 110, 20)]})
+  got = bench.read_profile(str(tmp_path))
+  assert got.kernels == pytest.approx({"fusion": 65e-6, "while": 30e-6, "dot": 20e-6,
+                                       "copy": 5e-6})
+  assert got.idle_share == pytest.approx(10 / 130)
+
+
+def test_profile_shows_the_largest_kernels(tmp_path):
+  events = [(f"kernel{chr(97 + i)}", 100 * i, i + 1) for i in range(20)]
+  write_trace(tmp_path, "/device:GPU:0", {"Stream #1(Compute)": events})
+  kernels = bench.read_profile(str(tmp_path)).kernels
+  assert list(kernels) == [name for name, *_ in events[:4:-1]]
+
+
+def test_profile_without_device_events_says_what_is_there(tmp_path):
+  with pytest.raises(bench.BenchError, match="no trace"):
+    bench.read_profile(str(tmp_path))
+  write_trace(tmp_path, "/device:GPU:0", {"Unknown": [("gemm", 0, 1)]})
+  with pytest.raises(bench.BenchError, match="/device:GPU:0.*Unknown"):
+    bench.read_profile(str(tmp_path))
+
+
+def test_trace_that_never_begins_is_an_error(tmp_path):
+  tracer = bench.Tracer(str(tmp_path), after_secs=5.0, secs=1.0)
+  tracer.on_step(4.9)
+  with pytest.raises(bench.BenchError, match="5.0 s"):
+    tracer.close()
+  bench.Tracer(None, after_secs=5.0, secs=1.0).close()
+
+
+# -- configurations and the script -------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["llama3_8b", "llama3_2_1b", "qwen3_0_6b"])
+def test_configs_fit_a_card_of_80_gb(name):
+  namespace = {}
+  exec((ROOT / f"configs/{name}.py").read_text(), namespace)
+  config = from_config_dict(JobConfig, namespace["get_config"]().to_dict())
+  model = load_config(config.model)
+  assert model.dtype == "bfloat16" and model.num_params > 5e8
+  estimate = planner.memory.estimate_memory(model, config.engine)
+  assert 0.85 * 79 * 2**30 < estimate.total_bytes < 0.95 * 79 * 2**30
+
+
+@pytest.fixture(scope="module")
+def bench_script(tmp_path_factory):
+  folder = tmp_path_factory.mktemp("bench")
+  (folder / "tiny.py").write_text('''
+from batchjax.config import EngineConfig, JobConfig, ModelSource, to_config_dict
+
+
+def get_config():
+  return to_config_dict(JobConfig(
+      model=ModelSource(format="random", shape="tiny_llama"),
+      engine=EngineConfig(max_rows=8, max_step_tokens=64, page_size=8, num_pages=200,
+                          max_decode_steps=4, max_buckets=1, compilation_cache_dir="")))
+''')
+
+  def run(*args):
+    return subprocess.run(
+        [sys.executable, "scripts/bench.py", f"--config={folder / 'tiny.py'}", *args], cwd=ROOT,
+        capture_output=True, text=True,
+        env=os.environ | {"JAX_PLATFORMS": "cpu", "PYTHONPATH": str(ROOT)})
+  return run
+
+
+def test_script_prints_one_line_with_everything(bench_script, tmp_path):
+  run = bench_script("--workload=prefix_groups", "--num_requests=12", "--prefix_len=40",
+                     "--share_degree=4", "--distinct_len=6", "--output_len=12", "--noshuffled",
+                     "--measure_ceilings", f"--profile={tmp_path}", "--profile_after_secs=0")
+  assert run.returncode == 0, run.stderr
+  line, = run.stdout.splitlines()
+  got = json.loads(line)
+  assert got["model"] == "tiny_llama" and got["workload"] == "prefix_groups"
+  assert got["shuffled"] is False and got["share_degree"] == 4
+  assert got["output_tokens"] == 144 and got["num_requests"] == 12
+  # Random tokens may share a few more by chance; plans leave the shortest runs unshared.
+  assert got["prompt_tokens_asked"] == 12 * 46
+  assert got["prompt_tokens_optimal"] <= got["prompt_tokens_computed"] <= 3 * 40 + 12 * 6
+  assert got["num_compiled"] == 2 and got["num_preempted"] == 0
+  assert sum(kind["dispatches"] > 0 for kind in got["steps"].values()) == 2
+  assert 0 < got["share_of_floor"] < 1 and 0 < got["host_share"] < 1
+  assert got["floor_secs"] == pytest.approx(
+      sum(kind["floor_secs"] for kind in got["steps"].values()), rel=1e-3)
+  assert got["decode_floor_ms"] < got["decode_ms_per_step"] and got["decode_rows"] == 8
+  assert got["gemm_flops"] > 1e8 and got["stream_bytes_per_sec"] > 1e8
+  assert got["profile"]["kernels"] and 0 <= got["profile"]["idle_share"] < 1
+
+
+def test_script_refuses_flags_of_other_workloads(bench_script):
+  run = bench_script("--workload=random", "--share_degree=4")
+  assert run.returncode == 1
+  assert "--workload=random has no share_degree; it has num_requests" in run.stdout + run.stderr
+
+
+def test_script_explains_a_bad_configuration(bench_script):
+  run = bench_script("--workload=random", "--config.engine.page_size=7")
+  assert run.returncode == 2
+  assert "page_size=7 must be a power of two" in run.stderr

@@ -1,0 +1,88 @@
+"""What the compiled steps hold: the pool once, updated in place."""
+
+import functools
+import re
+
+import jax
+import numpy as np
+import pytest
+
+from batchjax.cache.kv_state import init_kv_state
+from batchjax.config import EngineConfig
+from batchjax.engine import compile as compile_lib
+from batchjax.engine.batch import Admission
+from batchjax.engine.pack import Bucket
+from batchjax.engine.sampling_inputs import SamplingFeatures, SamplingTable
+from batchjax.models import SHAPES, Transformer
+from batchjax.testing.fake_model import FakeModel, fake_config
+from batchjax.types import SamplingParams
+from batchjax.weights import Model
+from batchjax.weights.random import random_params
+
+NUM_PAGES, PAGE_SIZE, MAX_ROWS = 3000, 4, 4
+ENGINE = EngineConfig(page_size=PAGE_SIZE, num_pages=NUM_PAGES, max_rows=MAX_ROWS)
+MIXED = Bucket("mixed", 8, MAX_ROWS, 6, 16)
+DECODE = Bucket("decode", MAX_ROWS, MAX_ROWS, 6, 16)
+
+
+@functools.cache
+def tiny_model() -> Model:
+  config = SHAPES["tiny_llama"]
+  return Model(config, random_params(config, seed=0))
+
+
+def compiled(model, module_class, buckets, features=SamplingFeatures()):
+  state = compile_lib.init_state(model.config, ENGINE, NUM_PAGES, MAX_ROWS, features)
+  table = SamplingTable(MAX_ROWS, features, ())
+  steps = compile_lib.compile_steps(
+      module_class(model.config, PAGE_SIZE), model.params, state, buckets, features, table, None,
+      max_decode_steps=3, max_len=32)
+  return steps, state
+
+
+@pytest.mark.parametrize("bucket", [MIXED, DECODE], ids=lambda bucket: bucket.kind)
+def test_the_pool_is_updated_in_place(bucket):
+  model = tiny_model()
+  steps, state = compiled(model, Transformer, [bucket])
+  executable = steps[bucket]
+  pool_bytes = sum(pages.nbytes for pages in state.kv.pages)
+  assert pool_bytes == NUM_PAGES * PAGE_SIZE * model.config.kv_bytes_per_token
+  memory = executable.memory_analysis()
+  assert memory.alias_size_in_bytes >= pool_bytes
+  assert memory.temp_size_in_bytes < pool_bytes // model.config.num_layers
+  hlo = executable.as_text()
+  shape = ",".join(map(str, state.kv.pages[0].shape))
+  assert re.search(rf"f32\[{shape}\]", hlo), "the pattern below would find nothing"
+  assert not re.search(rf"= f32\[{shape}\]\S* copy\(", hlo)
+  num_aliases = len(re.findall(r"\((\d+), {}, (?:may|must)-alias\)", hlo))
+  assert num_aliases == len(jax.tree.leaves(state)), "a part of the state is not donated"
+
+
+def test_an_unknown_shape_is_an_error_that_names_it():
+  steps, _ = compiled(Model(fake_config(), {}), FakeModel, [MIXED])
+  with pytest.raises(compile_lib.ShapeError, match="num_tokens=9.*num_tokens=8"):
+    steps[MIXED._replace(num_tokens=9)]
+  with pytest.raises(compile_lib.ShapeError, match="admit"):
+    steps["admit"]
+
+
+def test_each_shape_is_recorded_with_its_seconds():
+  steps, _ = compiled(Model(fake_config(), {}), FakeModel, [MIXED, DECODE],
+                      SamplingFeatures.of([SamplingParams(presence_penalty=1.0)], ()))
+  assert [record.name for record in steps.records] == ["mixed 8", "decode 4", "admit"]
+  assert all(record.secs > 0 for record in steps.records)
+
+
+def test_state_begins_empty():
+  config = fake_config()
+  state = compile_lib.init_state(config, ENGINE, 7, 3, SamplingFeatures())
+  want = init_kv_state(config, 7, PAGE_SIZE)
+  assert [pages.shape for pages in state.kv.pages] == [pages.shape for pages in want.pages]
+  assert state.done.all() and len(state.done) == 3 and state.penalties is None
+
+
+def test_admission_inputs_are_padded_to_one_shape():
+  admission = Admission(2, "r", SamplingParams(), 0, np.array([4, 5]), np.array([6]))
+  slot, prompt, output = compile_lib.admission_inputs(admission, 4)
+  assert (slot, prompt.tolist(), output.tolist()) == (2, [4, 5, -1, -1], [6, -1, -1, -1])
+  assert prompt.dtype == output.dtype == slot.dtype == np.int32

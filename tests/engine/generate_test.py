@@ -1,0 +1,181 @@
+"""The whole loop on a real transformer and on the fake one."""
+
+import collections
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from batchjax.config import ConfigError, EngineConfig
+from batchjax.engine.compile import CompileRecord
+from batchjax.generate import StepEvent, chip_of, generate
+from batchjax.models import SHAPES
+from batchjax.plan.planner import Plan
+from batchjax.testing.fake_model import FakeModel, fake_config
+from batchjax.testing.oracle import assert_same, oracle_generate
+from batchjax.types import Request, SamplingParams
+from batchjax.weights import Model
+from batchjax.weights.random import random_params
+
+ENGINE = EngineConfig(num_pages=120, page_size=4, max_rows=6, max_step_tokens=24, max_buckets=1,
+                      max_decode_steps=5, compilation_cache_dir="")
+FAKE = Model(fake_config(eos=(5,)), {})
+MAX_LEN = 64
+COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compiles():
+  """Texts do not depend on how well the steps were optimised, and less of it takes less time."""
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture(scope="module")
+def llama() -> Model:
+  return Model(SHAPES["tiny_llama"], random_params(SHAPES["tiny_llama"], seed=0))
+
+
+def make_requests(params, num=10):
+  rng = np.random.default_rng(2)
+  base = rng.integers(0, 97, 30)
+  return [Request(f"r{i}", np.append(base[:[30, 17, 5][i % 3]],
+                                     rng.integers(0, 97, rng.integers(0, 12))).astype(np.int32),
+                  params[i % len(params)]) for i in range(num)]
+
+
+# Two samplers only, so that few shapes of the oracle's draw are compiled.
+REQUESTS = make_requests((
+    SamplingParams(temperature=0.0, max_tokens=16, logprobs=True),
+    SamplingParams(temperature=1.0, max_tokens=11, n=2, seed=7, prompt_logprobs=True)))
+
+
+@pytest.fixture(scope="module")
+def oracle(llama):
+  return {c.request_id: c for c in oracle_generate(llama, REQUESTS, MAX_LEN)}
+
+
+@pytest.mark.parametrize("change", [
+    {},
+    dict(share_prefixes=False, lookahead=3, page_size=1, num_pages=400),
+    dict(max_levels=1, page_size=16, num_pages=20, max_rows=4, max_step_tokens=9, lookahead=0,
+         plan_window=4),
+], ids=str)
+def test_a_transformer_equals_the_oracle_token_for_token(change, llama, oracle):
+  got = {c.request_id: c for c in generate(llama, REQUESTS, dataclasses.replace(ENGINE, **change))}
+  assert len(got) == len(REQUESTS)
+  for request_id, want in oracle.items():
+    assert_same(got[request_id], want, atol=1e-3)
+
+
+def greedy(num=8, **params):
+  return make_requests([SamplingParams(temperature=0.0, **params)], num)
+
+
+def test_nothing_compiles_after_warm_up():
+  """No backend compile between the first step and the last, windows of new lengths included."""
+  compiles, at_steps = [], []
+
+  def listen(event, duration, **kwargs):
+    if event == COMPILE_EVENT:
+      compiles.append(duration)
+
+  def observe(event):
+    if isinstance(event, StepEvent):
+      at_steps.append(len(compiles))
+
+  params = [SamplingParams(temperature=0.7, max_tokens=m, presence_penalty=1.0) for m in (3, 9, 20)]
+  jax.monitoring.register_event_duration_secs_listener(listen)
+  try:
+    done = list(generate(FAKE, make_requests(params, 17),
+                         dataclasses.replace(ENGINE, plan_window=5), module_class=FakeModel,
+                         observe=observe))
+  finally:
+    jax.monitoring.unregister_event_duration_listener(listen)
+  assert len(done) == 17 and len(at_steps) > 5
+  assert at_steps[0] >= 3, "the listener hears no compiles"
+  assert at_steps[-1] == at_steps[0]
+
+
+def test_transfers_are_guarded_in_the_loop_and_free_outside():
+  guards = []
+
+  class Watched(FakeModel):
+    pass
+
+  def observe(event):
+    if isinstance(event, StepEvent):
+      guards.append(jax.config.jax_transfer_guard_device_to_host)
+      with pytest.raises(Exception, match="[Dd]isallowed host-to-device"):
+        jnp.sin(np.ones(3)).block_until_ready()
+
+  before = jax.config.jax_transfer_guard_host_to_device
+  num = 0
+  for _ in generate(FAKE, greedy(6), ENGINE, module_class=Watched, observe=observe):
+    num += 1
+    assert jax.config.jax_transfer_guard_host_to_device == before
+    assert float(jnp.sin(np.zeros(3)).sum()) == 0.0  # the consumer may do as it likes
+  assert num == 6 and set(guards) == {"disallow"}
+  assert jax.config.jax_transfer_guard_host_to_device == before
+
+
+def test_abandoning_the_loop_leaves_the_guard_off():
+  before = jax.config.jax_transfer_guard_host_to_device
+  completions = generate(FAKE, greedy(6), ENGINE, module_class=FakeModel)
+  next(completions)
+  completions.close()
+  assert jax.config.jax_transfer_guard_host_to_device == before
+
+
+def test_observers_see_plans_compiles_and_steps_in_order():
+  events = []
+  list(generate(FAKE, greedy(8), dataclasses.replace(ENGINE, plan_window=3),
+                module_class=FakeModel, observe=events.append))
+  kinds = collections.Counter(type(event) for event in events)
+  assert kinds[Plan] == 3 and kinds[CompileRecord] == 2 and kinds[StepEvent] > 3
+  first_step = next(i for i, event in enumerate(events) if isinstance(event, StepEvent))
+  assert all(not isinstance(event, CompileRecord) for event in events[first_step:])
+  steps = [event for event in events if isinstance(event, StepEvent)]
+  for step in steps:
+    assert step.batch.num_tokens <= step.bucket.num_tokens and step.batch.kind == step.bucket.kind
+    assert step.host_secs > 0 and step.step_secs > 0
+
+
+def test_tokens_of_events_are_those_of_the_completions():
+  steps = []
+  done = list(generate(FAKE, greedy(5, ignore_eos=True, max_tokens=9), ENGINE,
+                       module_class=FakeModel,
+                       observe=lambda e: isinstance(e, StepEvent) and steps.append(e)))
+  assert sum(step.generated_tokens for step in steps) == 5 * 9
+  assert steps[-1].stats.num_retired == len(done) == 5
+
+
+def test_completions_come_as_they_finish():
+  short = Request("short", np.arange(4, dtype=np.int32), SamplingParams(temperature=0.0,
+                                                                        max_tokens=1))
+  long = Request("long", np.arange(5, 9, dtype=np.int32), SamplingParams(
+      temperature=0.0, max_tokens=60, ignore_eos=True))
+  got = [c.request_id for c in generate(FAKE, [long, short], ENGINE, module_class=FakeModel)]
+  assert got == ["short", "long"]
+
+
+def test_no_requests_is_no_work():
+  assert list(generate(FAKE, [], ENGINE, module_class=FakeModel)) == []
+
+
+def test_a_request_that_never_fits_is_named():
+  big = Request("big", np.zeros(500, np.int32), SamplingParams(max_tokens=1))
+  with pytest.raises(ConfigError, match="'big'.*num_pages"):
+    list(generate(FAKE, [*greedy(2), big], ENGINE, module_class=FakeModel))
+
+
+def test_unknown_devices_have_no_roofline():
+  class Device:
+    device_kind = "abacus"
+
+  with pytest.raises(ConfigError, match="'abacus'.*known"):
+    chip_of(Device())
+  assert chip_of(jax.devices()[0]).name == "cpu"

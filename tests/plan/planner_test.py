@@ -1,0 +1,114 @@
+"""Plans of small windows: what they hold, and that the schedule keeps to them."""
+
+import dataclasses
+
+import numpy as np
+import pytest
+
+from batchjax.config import ConfigError, EngineConfig
+from batchjax.engine.pack import Bucket
+from batchjax.plan import planner
+from batchjax.plan.cost import CHIPS
+from batchjax.testing.fake_model import fake_config
+from batchjax.types import Request, SamplingParams
+
+CONFIG, CPU = fake_config(), CHIPS["cpu"]
+ENGINE = EngineConfig(page_size=4, num_pages=500, max_rows=16, max_step_tokens=256,
+                      compile_secs=0.0)
+
+
+def window(num=20, shared_len=30, own_len=10, **params):
+  rng = np.random.default_rng(0)
+  base = rng.integers(0, 97, shared_len)
+  return [Request(f"r{i}", np.append(base, rng.integers(0, 97, own_len)).astype(np.int32),
+                  SamplingParams(**{"max_tokens": 10 + i, **params})) for i in range(num)]
+
+
+def test_the_tree_spells_every_prompt():
+  requests = window()
+  tree = planner.make_plan(CONFIG, requests, ENGINE, CPU).tree
+  for i, request in enumerate(requests):
+    node, spelled = int(tree.node_of_request[i]), []
+    while node > 0:
+      source = requests[tree.source[node]].prompt_token_ids
+      spelled = source[tree.start[node]:tree.end[node]].tolist() + spelled
+      node = int(tree.parent[node])
+    assert spelled == request.prompt_token_ids.tolist()
+
+
+def test_totals_tell_what_sharing_saves():
+  plan = planner.make_plan(CONFIG, window(), ENGINE, CPU)
+  alone = planner.make_plan(CONFIG, window(), dataclasses.replace(ENGINE, share_prefixes=False),
+                            CPU)
+  assert plan.totals.prompt_tokens_planned == 30 + 20 * 10
+  assert alone.totals.prompt_tokens_planned == 20 * 40
+  assert plan.totals.decode_tokens == sum(range(10, 30))
+
+
+def test_requests_that_never_fit_are_named():
+  requests = window(3) + window(1, shared_len=3000)
+  plan = planner.make_plan(CONFIG, requests, ENGINE, CPU)
+  assert list(plan.rejected) == [3] and "num_pages" in plan.rejected[3]
+  assert plan.buckets == () and plan.prediction is None
+
+
+@pytest.mark.parametrize("is_only", [True, False])
+def test_buckets_ascend_to_the_limit(is_only):
+  plan = planner.make_plan(CONFIG, window(4), ENGINE, CPU, is_only_window=is_only)
+  for kind, limit in (("mixed", 30 + 4 * 10 + 4 if is_only else 256),
+                      ("decode", 4 if is_only else 16)):
+    sizes = [bucket.num_tokens for bucket in plan.buckets if bucket.kind == kind]
+    assert sizes == sorted(set(sizes)) and sizes[-1] == limit
+    assert 1 <= len(sizes) <= ENGINE.max_buckets
+  for bucket in plan.buckets:
+    assert bucket.num_page_indices == plan.num_pages
+    assert bucket.num_rows == (bucket.num_tokens if bucket.kind == "decode" else
+                               4 if is_only else 16)
+
+
+def test_buckets_of_an_earlier_window_are_kept():
+  buckets = planner.make_plan(CONFIG, window(4), ENGINE, CPU, is_only_window=False).buckets
+  plan = planner.make_plan(CONFIG, window(9), ENGINE, CPU, buckets=buckets, is_only_window=False)
+  assert plan.buckets == buckets and plan.prediction is None
+
+
+def test_dear_compiles_mean_few_buckets():
+  dear = dataclasses.replace(ENGINE, compile_secs=1e6)
+  assert len(planner.make_plan(CONFIG, window(), dear, CPU).buckets) == 2
+  assert len(planner.make_plan(CONFIG, window(), ENGINE, CPU).buckets) > 2
+
+
+def test_prediction_counts_the_dispatches_of_a_short_window():
+  prediction = planner.make_plan(CONFIG, window(2, n=2, max_tokens=33), ENGINE, CPU).prediction
+  # One step for the prompts; 32 more tokens of each row, 16 at most in a loop.
+  assert (prediction.num_mixed, prediction.num_decode) == (1, 2)
+  assert not prediction.is_extrapolated and prediction.secs > 0
+  assert 0 <= prediction.padding_waste < 1
+  # 30 + 2 * 10 prompt tokens, and 4 rows of 32 tokens, in pages of 4.
+  assert prediction.peak_pages <= 8 + 2 * 3 + 4 * 8
+
+
+def test_a_long_window_is_extrapolated():
+  engine = dataclasses.replace(ENGINE, max_step_tokens=64, max_decode_steps=1)
+  first, second = (planner.make_plan(CONFIG, window(num, shared_len=1, max_tokens=40), engine, CPU)
+                   .prediction for num in (200, 400))
+  assert first.is_extrapolated and second.is_extrapolated
+  for ratio in (second.secs / first.secs, second.num_mixed / first.num_mixed,
+                second.num_decode / first.num_decode):
+    assert 1.8 < ratio < 2.2
+
+
+def test_pick_bucket_takes_the_smallest_of_its_kind():
+  buckets = [Bucket("mixed", 64, 8, 8, 8), Bucket("mixed", 128, 8, 8, 8),
+             Bucket("decode", 8, 8, 8, 8)]
+  assert planner.pick_bucket(buckets, "mixed", 64) == buckets[0]
+  assert planner.pick_bucket(buckets, "mixed", 65) == buckets[1]
+  assert planner.pick_bucket(buckets, "decode", 1) == buckets[2]
+  with pytest.raises(ValueError, match="9 exceeds"):
+    planner.pick_bucket(buckets, "decode", 9)
+
+
+def test_scoring_needs_room_for_two_tokens():
+  engine = dataclasses.replace(ENGINE, max_rows=1, max_step_tokens=1)
+  with pytest.raises(ConfigError, match="max_step_tokens=1"):
+    planner.make_plan(CONFIG, window(2, prompt_logprobs=True), engine, CPU)
