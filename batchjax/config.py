@@ -142,7 +142,7 @@ class EngineConfig:
   max_levels: int = 4
   share_prefixes: bool = True
   max_buckets: int = 4
-  compile_secs: float = 5.0
+  compile_secs: float = 10.0
   plan_window: int = 100_000
   attention: str | None = None
   compilation_cache_dir: str = "~/.cache/batchjax"

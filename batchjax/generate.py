@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
+from absl import logging
 import jax
 import numpy as np
 
@@ -112,6 +113,9 @@ def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = E
         if batch is not None:
           bucket, outputs, state = dispatch(batch, state)
           in_flight.append((batch, bucket, outputs, time.perf_counter() - start))
+        if batch is None and not in_flight:
+          raise RuntimeError(f"the scheduler has nothing to run and nothing to wait for: "
+                             f"{scheduler.stats}")
         if batch is None or len(in_flight) > engine.lookahead:
           batch, bucket, outputs, host_secs = in_flight.popleft()
           outputs = jax.device_get(outputs)
@@ -148,11 +152,12 @@ def _plan(config: ModelConfig, window: list[Request], engine: EngineConfig, chip
 
 
 def chip_of(device: jax.Device) -> Chip:
-  """The roofline of a JAX device; unknown kinds are an error that names the known ones."""
+  """The roofline that weighs padding against compiling; the nearest one, and a warning, if unknown."""
   kind = device.device_kind.lower()
-  names = {"cpu": "cpu", "a100": "a100", "h100": "h100", "h200": "h100", "v5 lite": "v5e",
-           "v5e": "v5e", "v5p": "v5p", "v5": "v5p", "v6": "v6e", "7x": "tpu7x", "v7": "tpu7x"}
-  for part, name in names.items():
-    if part in kind:
-      return CHIPS[name]
-  raise ConfigError(f"no roofline for device kind {device.device_kind!r}; known: {sorted(CHIPS)}")
+  names = {"a100": "a100", "h100": "h100", "h200": "h100", "l4": "l4", "t4": "t4",
+           "v5 lite": "v5e", "v5e": "v5e", "v5": "v5p", "v6": "v6e", "7x": "tpu7x"}
+  default = {"cpu": "cpu", "tpu": "v5e"}.get(device.platform, "a100")
+  name = next((name for part, name in names.items() if part in kind), default)
+  if not any(part in kind for part in names) and device.platform != "cpu":
+    logging.warning("no roofline for %r: shapes are weighed by that of %s", device.device_kind, name)
+  return CHIPS[name]

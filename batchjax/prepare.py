@@ -1,4 +1,4 @@
-"""An input file as validated, tokenized requests on disk: all that can go wrong before a model loads."""
+"""An input file as tokenized requests on disk: all that can go wrong before a model loads."""
 
 import dataclasses
 import itertools

@@ -13,24 +13,14 @@ import types
 import numpy as np
 
 from batchjax.plan.prefix_tree import build_prefix_tree
-from batchjax.types import Request
-from batchjax.types import SamplingParams
+from batchjax.types import Request, SamplingParams
 
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-  """Requests, and what they ask for.
-
-  Attributes:
-    requests: in the order in which a file would hold them.
-  """
+  """Requests in the order in which a file would hold them, and what they ask for."""
 
   requests: tuple[Request, ...]
-
-  @property
-  def num_rows(self) -> int:
-    """Samples of all requests."""
-    return sum(r.sampling_params.n for r in self.requests)
 
   @property
   def prompt_tokens(self) -> int:
@@ -54,13 +44,7 @@ class Workload:
 
 
 class Draw:
-  """Draws the tokens of a workload, and makes requests of prompts.
-
-  Args:
-    vocab_size: tokens are uniform below it.
-    seed: the same seed draws the same workload.
-    temperature: of all requests; 0 is greedy.
-  """
+  """Draws tokens uniform below `vocab_size` from a seed, and makes requests of prompts."""
 
   def __init__(self, vocab_size: int, seed: int = 0, temperature: float = 0.0):
     self.rng = np.random.default_rng(seed)
@@ -141,5 +125,5 @@ WORKLOADS: Mapping[str, Callable[..., Workload]] = types.MappingProxyType({
 
 def default_sizes(name: str) -> dict[str, int | float | bool]:
   """The flags of a workload, each with its default."""
-  parameters = list(inspect.signature(WORKLOADS[name]).parameters.values())
-  return {parameter.name: parameter.default for parameter in parameters[1:]}
+  parameters = inspect.signature(WORKLOADS[name]).parameters.values()
+  return {p.name: p.default for p in parameters if p.name != "draw"}

@@ -69,7 +69,8 @@ def main(argv: list[str]) -> int:
     workload = WORKLOADS[_WORKLOAD.value](
         Draw(model.config.vocab_size, _SEED.value, _TEMPERATURE.value), **sizes)
     for number in range(_REPEAT.value):
-      line = {"model": config.model.name or config.model.shape or config.model.path,
+      line = {"model": (config.model.name or config.model.shape
+                        or os.path.basename(config.model.path)),
               "workload": _WORKLOAD.value, **sizes, "seed": _SEED.value,
               "temperature": _TEMPERATURE.value, "load_secs": load_secs}
       directory = _PROFILE.value if number == _REPEAT.value - 1 else None

@@ -57,7 +57,8 @@ def main(argv: list[str]) -> int:
       print(to_text(summarize(job)), end="\n\n")
     print(f"{finished} -> {_OUTPUT.value}")
     if finished.num_errors:
-      print(f"bad rows are explained in {_ERRORS.value or runner.default_error_path(_OUTPUT.value)}")
+      error_path = _ERRORS.value or runner.default_error_path(_OUTPUT.value)
+      print(f"bad rows are explained in {error_path}")
   return 0
 
 

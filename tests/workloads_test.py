@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 
 from batchjax.plan.prefix_tree import build_prefix_tree
-from batchjax.workloads import Draw, WORKLOADS, mixed_lengths, multi_level, prefix_groups
+from batchjax.workloads import (default_sizes, Draw, mixed_lengths, multi_level, prefix_groups,
+                                WORKLOADS)
 from batchjax.workloads import random as random_workload
 from batchjax.workloads import samples
 
@@ -27,6 +28,8 @@ def prompts(workload) -> list[list[int]]:
 
 def test_every_workload_is_covered():
   assert set(SMALL) == set(WORKLOADS)
+  for name, sizes in SMALL.items():
+    assert set(sizes) == set(default_sizes(name)) - {"shuffled"}
 
 
 @pytest.mark.parametrize("name", SMALL)
@@ -57,7 +60,7 @@ def test_sampling_is_greedy_unless_asked(name):
 def test_prefix_groups(num_requests, num_groups):
   sizes = SMALL["prefix_groups"] | dict(num_requests=num_requests)
   workload = prefix_groups(Draw(VOCAB), **sizes)
-  assert len(workload.requests) == workload.num_rows == num_requests
+  assert len(workload.requests) == num_requests
   assert workload.prompt_tokens == workload.prompt_tokens_asked == num_requests * 23
   assert workload.prompt_tokens_optimal == num_groups * 20 + num_requests * 3
   assert workload.output_tokens == num_requests * 5
@@ -78,7 +81,7 @@ def test_shuffling_moves_requests_and_changes_none():
 
 def test_samples():
   workload = samples(Draw(VOCAB), **SMALL["samples"])
-  assert len(workload.requests) == 4 and workload.num_rows == 12
+  assert [r.sampling_params.n for r in workload.requests] == [3] * 4
   assert workload.prompt_tokens == workload.prompt_tokens_optimal == 28
   assert workload.prompt_tokens_asked == 84
   assert workload.output_tokens == 60

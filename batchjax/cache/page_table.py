@@ -59,7 +59,7 @@ class PageTable:
     if missing > self._num_free:
       raise MemoryError(f"{missing} KV pages needed, {self._num_free} of {self.num_pages} free")
     if missing:
-      taken = self._free[self._num_free - missing:self._num_free][::-1].copy()
+      taken = self._free[self._num_free - missing:self._num_free][::-1]
       run.pages = np.concatenate([run.pages, taken])
       self._num_free -= missing
     run.kv_len = kv_len

@@ -251,7 +251,7 @@ class Scheduler:
     while low < high:
       middle = (low + high + 1) // 2
       low, high = (middle, high) if fits(middle) else (low, middle - 1)
-    # With nothing running the next row has the pool for itself, and planning saw to it that it fits.
+    # With nothing running the next row has the pool for itself; planning saw that it fits.
     return max(low, 0 if self._active else 1)
 
   def _path(self, row: Row) -> list[int]:
@@ -318,7 +318,6 @@ class Scheduler:
     if row in self._prefill:
       self._prefill.remove(row)
     self._leave_slot(row)
-    row.num_dispatched = len(row.tokens)
     self._preempted.append(row)
     self._preempted.sort(key=lambda r: -r.seq)
     for node in self._path(row):  # half-computed nodes nobody waits for would never be finished

@@ -88,8 +88,9 @@ def decode_loop(module: Any, features: SamplingFeatures, max_steps: int, params:
   first = jax.eval_shape(
       lambda s, i: _advance(module, features, params, stop_transitions, s, i)[1], state, inputs)
   filled = {name: -1 if name == "tokens" else 0 for name in StepOutputs._fields}
-  buffers = StepOutputs(*(None if x is None else jnp.full((max_steps, *x.shape), filled[name], x.dtype)
-                          for name, x in zip(StepOutputs._fields, first)))
+  buffers = StepOutputs(*(
+      None if x is None else jnp.full((max_steps, *x.shape), filled[name], x.dtype)
+      for name, x in zip(StepOutputs._fields, first)))
 
   def go_on(carry):
     step, state, inputs, _ = carry

@@ -2,6 +2,7 @@
 
 import collections
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -20,6 +21,8 @@ from batchjax.types import Request, StopTable
 _NODE_OVERHEAD_TOKENS = 8.0
 # Enough dispatches to see every kind of step of a window many times.
 _MAX_DISPATCHES = 300
+# Multiples of it, modulo 1, spread evenly however many there are.
+_GOLDEN_RATIO = 0.6180339887498949
 # Sizes are rounded up to this before buckets are chosen among them.
 _TOKEN_MULTIPLE, _ROW_MULTIPLE = 64, 8
 
@@ -119,17 +122,34 @@ def make_plan(model: ModelConfig, requests: Sequence[Request], engine: EngineCon
   max_tokens_mixed = engine.max_step_tokens
   if is_only_window:
     max_tokens_mixed = min(max_tokens_mixed, int(tree.length.sum()) + total_rows)
+  likely = _with_likely_lengths(requests)
   shapes = simulate.simulate(
-      make_scheduler(requests, plan, engine, max_rows, max_tokens_mixed, stop_table),
+      make_scheduler(likely, plan, engine, max_rows, max_tokens_mixed, stop_table),
       _MAX_DISPATCHES, max(p.top_logprobs for p in params))
   num_shared = max_rows * engine.max_levels
   if is_only_window:
     num_shared = min(num_shared, int((tree.num_rows[1:] > 1).sum()))
-  buckets = _solve(model, chip, engine, shapes, max_rows, max_tokens_mixed,
+  drawn = sum(r.sampling_params.max_tokens * r.sampling_params.n for r in likely)
+  scale = _scale(shapes, plan.totals.prompt_tokens_planned, drawn)
+  buckets = _solve(model, chip, engine, shapes, scale, max_rows, max_tokens_mixed,
                    max_rows + num_shared, num_pages)
-  return dataclasses.replace(
-      plan, buckets=buckets,
-      prediction=_predict(model, chip, shapes, buckets, plan.totals))
+  return dataclasses.replace(plan, buckets=buckets,
+                             prediction=_predict(model, chip, shapes, scale, buckets))
+
+
+def _with_likely_lengths(requests: Sequence[Request]) -> list[Request]:
+  """The requests with the output lengths that the simulation takes them to reach.
+
+  Rows that ignore the model's end tokens reach `max_tokens`. Of the others nothing is known, so
+  their lengths are spread evenly up to it: batches shrink towards the end of such a job, and
+  its shapes must suit that too.
+  """
+  spread = (np.arange(len(requests)) * _GOLDEN_RATIO) % 1.0
+  return [r if r.sampling_params.ignore_eos else dataclasses.replace(
+      r, sampling_params=dataclasses.replace(
+          r.sampling_params, min_tokens=0,
+          max_tokens=math.ceil(r.sampling_params.max_tokens * (1.0 - part))))
+          for r, part in zip(requests, spread)]
 
 
 def make_scheduler(requests: Sequence[Request], plan: Plan, engine: EngineConfig, max_rows: int,
@@ -140,8 +160,23 @@ def make_scheduler(requests: Sequence[Request], plan: Plan, engine: EngineConfig
                    max_decode_steps=engine.max_decode_steps, stop_table=stop_table)
 
 
+def _scale(shapes: list[simulate.StepShape], prompt_tokens: int,
+           drawn_tokens: int) -> dict[str, float]:
+  """How often each simulated dispatch stands for one of the whole window, by kind.
+
+  Mixed steps in proportion to the prompt tokens, decode loops to the tokens that mixed steps
+  leave to draw.
+  """
+  drawn = collections.Counter()
+  for shape in shapes:
+    drawn[shape.kind] += shape.num_rows * shape.num_steps
+  mixed = max(1.0, prompt_tokens / max(sum(shape.num_prompt_tokens for shape in shapes), 1))
+  return {"mixed": mixed,
+          "decode": max(1.0, (drawn_tokens - mixed * drawn["mixed"]) / max(drawn["decode"], 1))}
+
+
 def _solve(model: ModelConfig, chip: Chip, engine: EngineConfig, shapes: list[simulate.StepShape],
-           max_rows: int, max_step_tokens: int, num_segments: int,
+           scale: dict[str, float], max_rows: int, max_step_tokens: int, num_segments: int,
            num_pages: int) -> tuple[Bucket, ...]:
   buckets = []
   for kind, limit, multiple in (("mixed", max_step_tokens, _TOKEN_MULTIPLE),
@@ -150,7 +185,7 @@ def _solve(model: ModelConfig, chip: Chip, engine: EngineConfig, shapes: list[si
     typical = same[len(same) // 2] if same else None
     weights = collections.Counter()
     for shape in same:
-      weights[shape.num_tokens] += shape.num_steps
+      weights[shape.num_tokens] += scale[kind] * shape.num_steps
     step_secs = lambda size: 0.0 if typical is None else (
         typical.secs(model, chip, size) / typical.num_steps)
     sizes = buckets_lib.solve_buckets(
@@ -162,21 +197,14 @@ def _solve(model: ModelConfig, chip: Chip, engine: EngineConfig, shapes: list[si
 
 
 def _predict(model: ModelConfig, chip: Chip, shapes: list[simulate.StepShape],
-             buckets: Sequence[Bucket], totals: PlanTotals) -> Prediction:
+             scale: dict[str, float], buckets: Sequence[Bucket]) -> Prediction:
   sizes = [pick_bucket(buckets, shape.kind, shape.num_tokens).num_tokens for shape in shapes]
   launched = sum(size * shape.num_steps for size, shape in zip(sizes, shapes))
   useful = sum(shape.num_tokens * shape.num_steps for shape in shapes)
-  secs, dispatches, drawn, scale = (collections.Counter() for _ in range(4))
+  secs, dispatches = collections.Counter(), collections.Counter()
   for size, shape in zip(sizes, shapes):
     secs[shape.kind] += shape.secs(model, chip, size)
     dispatches[shape.kind] += 1
-    drawn[shape.kind] += shape.num_rows * shape.num_steps
-  # What was simulated stands for the rest of the window: mixed steps in proportion to the prompt
-  # tokens, decode loops to the tokens that mixed steps leave to draw.
-  prompt_tokens = sum(shape.num_prompt_tokens for shape in shapes)
-  scale["mixed"] = max(1.0, totals.prompt_tokens_planned / max(prompt_tokens, 1))
-  left = totals.decode_tokens - scale["mixed"] * drawn["mixed"]
-  scale["decode"] = max(1.0, left / max(drawn["decode"], 1))
   return Prediction(
       secs=sum(scale[kind] * secs[kind] for kind in scale),
       num_mixed=round(scale["mixed"] * dispatches["mixed"]),

@@ -20,7 +20,8 @@ from batchjax.types import StepInputs
 _MIX = np.uint32(0x9E3779B1)
 
 
-def fake_config(vocab_size: int = 97, max_len: int = 4096, eos: tuple[int, ...] = ()) -> ModelConfig:
+def fake_config(vocab_size: int = 97, max_len: int = 4096,
+                eos: tuple[int, ...] = ()) -> ModelConfig:
   """The shape of the fake model: one layer, one head."""
   return ModelConfig(family="fake", vocab_size=vocab_size, hidden_size=1, ffn_size=1, num_layers=1,
                      num_heads=1, num_kv_heads=1, head_dim=1, max_len=max_len, eos_token_ids=eos)
@@ -28,7 +29,8 @@ def fake_config(vocab_size: int = 97, max_len: int = 4096, eos: tuple[int, ...] 
 
 def mix(token: Any, position: Any) -> Any:
   """A 32-bit hash of each (token, position) pair; works on jax and numpy arrays."""
-  x = (token.astype("uint32") + np.uint32(1)) * _MIX ^ position.astype("uint32") * np.uint32(0x85EBCA6B)
+  x = (token.astype("uint32") + np.uint32(1)) * _MIX
+  x = x ^ position.astype("uint32") * np.uint32(0x85EBCA6B)  # not in place: shapes broadcast
   x = (x ^ (x >> np.uint32(15))) * np.uint32(0x2C1B3C6D)
   x = (x ^ (x >> np.uint32(12))) * np.uint32(0x297A2D39)
   return x ^ (x >> np.uint32(15))

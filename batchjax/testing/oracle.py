@@ -1,5 +1,6 @@
 """Completions the slow way: one request at a time, no cache, the whole sequence for each token."""
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -155,7 +156,7 @@ def make_draw_fn(eos_token_ids: Sequence[int]) -> DrawFn:
     params = request.sampling_params
     features = SamplingFeatures.of([params], eos_token_ids)
     if params.stop:
-      params = type(params)(**{**vars(params), "stop": ()})  # draws do not depend on them
+      params = dataclasses.replace(params, stop=())  # draws do not depend on them
     inputs = pack_sampling([params], [sample], features, eos_token_ids, None, 1)
     prompt = request.prompt_token_ids
     return int(run(logits, inputs, np.int32(len(prompt) + len(output)), np.int32(len(output)),

@@ -25,6 +25,8 @@ PAGE_SIZES = (16, 32, 64, 128, 256)
 def why_not(*, head_dim: int, page_size: int, num_heads: int, num_kv_heads: int, q_dtype,
             kv_dtype) -> str | None:
   """The reason why this implementation cannot take a case, or None."""
+  if jax.__version_info__ < (0, 11):
+    return f"mosaic_gpu needs JAX 0.11, whose kernels write into references, got {jax.__version__}"
   if jnp.dtype(q_dtype) != jnp.bfloat16 or jnp.dtype(kv_dtype) != jnp.bfloat16:
     return (f"mosaic_gpu takes bfloat16 q and KV, got {jnp.dtype(q_dtype)} and "
             f"{jnp.dtype(kv_dtype)}: wgmma has no float32 operands")
@@ -49,7 +51,10 @@ def default_tiling(*, page_size: int, num_heads: int, num_kv_heads: int, head_di
   """Block sizes for a shape, from the table of a device."""
   table = tuned(device)
   by_dim = table["blocks"][str(head_dim)]
-  return Tiling(narrow=Blocks(**by_dim["narrow"]), wide=Blocks(**by_dim["wide"]), num_ctas=table["num_sms"],
+  narrow = Blocks(**by_dim["narrow"])
+  if num_kv_heads % narrow.kv_sets:  # its warpgroups would take KV heads in pairs
+    narrow = Blocks(**by_dim["narrow_odd_kv_heads"])
+  return Tiling(narrow=narrow, wide=Blocks(**by_dim["wide"]), num_ctas=table["num_sms"],
                 page_size=page_size, num_heads=num_heads, num_kv_heads=num_kv_heads)
 
 
@@ -100,18 +105,15 @@ def attend(q: jax.Array, kv_pages: jax.Array, schedule: gpu_schedule.Schedule, *
     raise NotImplementedError(f"mosaic_gpu needs a positive scale, got {scale}")
 
   group, merge = tiling.group, schedule.merge
-  # Row t * G + g of KV head k: a tile of a segment is then 64 rows in one piece.
-  q_rows = q.reshape(num_tokens, num_kv_heads, group, head_dim).swapaxes(0, 1)
-  q_rows = q_rows.reshape(num_kv_heads, num_tokens * group, head_dim)
-  q_rows = jnp.pad(q_rows, ((0, 0), (0, 2 * ROWS), (0, 0)))
-
+  q_boxes = gpu_kernel.arrange_q(q, tiling, interpret)
   padded = gpu_merge.padded_group(group, head_dim)
   o = jax.new_ref(lax.empty(q.shape, q.dtype))
   part = jax.new_ref(lax.empty((merge.slots.shape[0], num_kv_heads, padded, head_dim), jnp.float32))
-  lse = jax.new_ref(lax.empty((num_kv_heads, schedule.items.shape[0] * gpu_schedule.ITEM_ROWS), jnp.float32))
+  num_rows = schedule.items.shape[0] * gpu_schedule.ITEM_ROWS
+  lse = jax.new_ref(lax.empty((num_kv_heads, num_rows), jnp.float32))
   kinds = ("wide", "narrow") if num_tokens > tiling.tokens else ("narrow",)
   for kind in kinds:
-    gpu_kernel.attend_items(q_rows, kv_pages, schedule, o, part, lse, kind=kind, scale=scale,
+    gpu_kernel.attend_items(q_boxes, kv_pages, schedule, o, part, lse, kind=kind, scale=scale,
                             window=window, soft_cap=soft_cap, interpret=interpret)
   part, lse = jax.freeze(part), jax.freeze(lse)
   merged_lse = jax.new_ref(lax.empty((num_tokens, num_heads), jnp.float32))

@@ -9,7 +9,6 @@ numbered over the whole list, and the next q tile loads while the last one compu
 import functools
 import math
 
-import jax
 from jax import lax
 import jax.numpy as jnp
 from jax.experimental import pallas as pl
@@ -19,13 +18,6 @@ from pallas_kernels.shared_prefix_attention import gpu_schedule
 from pallas_kernels.shared_prefix_attention.gpu_schedule import ROWS
 
 _LOG2E = math.log2(math.e)
-_NEW_API = jax.__version_info__ >= (0, 11)
-
-
-def load(ref, layout, optimized: bool = True):
-  """Loads a whole reference in a register layout; JAX 0.10 takes an index as well."""
-  index = () if _NEW_API else ((),)
-  return plgpu.load(ref, *index, layout=layout, optimized=optimized)
 
 
 def store(ref, value):
@@ -36,22 +28,48 @@ def store(ref, value):
     ref[...] = value
 
 
-def transpose(ref):
-  return ref.transpose((1, 0)) if _NEW_API else plgpu.transpose_ref(ref, (1, 0))
-
-
 def columns_of_swizzle(head_dim: int) -> int:
   """Columns of a bf16 wgmma operand that the widest swizzle covers."""
   return next(c for c in (64, 32, 16) if head_dim % c == 0)
 
 
-def attend_items(q_rows, kv_pages, schedule: gpu_schedule.Schedule, o_ref, part_ref, lse_ref,
+def stage_width(head_dim: int) -> int:
+  """Columns of a bf16 staging tile; twice those of a float32 one."""
+  return head_dim if head_dim <= 128 else head_dim // 2
+
+
+def stage_pitch(group: int, columns: int, dtype) -> int:
+  """Row length of a staging tile: a TMA store starts at a multiple of 128 bytes.
+
+  The rows of a token leave together where that holds for every token, else one by one,
+  each padded to such a multiple.
+  """
+  itemsize = jnp.dtype(dtype).itemsize
+  if group * columns * itemsize % 128 == 0:
+    return columns
+  return -(-columns * itemsize // 128) * 128 // itemsize
+
+
+def arrange_q(q, tiling: gpu_schedule.Tiling, interpret=None):
+  """q as [T, K, G, H], from which a tile is one box, or [T * G, K, 1, H] where G has no such box.
+
+  A box of 64 // G tokens fills the 64 rows of a tile only where G is a power of two. Copies
+  may run over the end, where TMA reads zeros; the interpreter needs the rows to exist.
+  """
+  num_tokens, _, head_dim = q.shape
+  q = q.reshape(num_tokens, tiling.num_kv_heads, tiling.group, head_dim)
+  if ROWS % tiling.group:
+    q = q.swapaxes(1, 2).reshape(-1, tiling.num_kv_heads, 1, head_dim)
+  return q if interpret is None else jnp.pad(q, ((0, 2 * ROWS), (0, 0), (0, 0), (0, 0)))
+
+
+def attend_items(q, kv_pages, schedule: gpu_schedule.Schedule, o_ref, part_ref, lse_ref,
                  *, kind: str, scale: float, window: int | None, soft_cap: float | None,
                  interpret=None):
   """Runs the items of one kind; writes into the given references in place.
 
   Args:
-    q_rows: [K, T * G + 128, H], row = token * G + head of the group.
+    q: from `arrange_q`.
     kv_pages: [A, K, page_size, 2H].
     schedule: the work list.
     o_ref: [T, Q, H], receives rows of direct items.
@@ -63,7 +81,7 @@ def attend_items(q_rows, kv_pages, schedule: gpu_schedule.Schedule, o_ref, part_
   """
   tiling = schedule.tiling
   blocks = getattr(tiling, kind)
-  head_dim, dtype = q_rows.shape[-1], q_rows.dtype
+  head_dim, dtype = q.shape[-1], q.dtype
   warpgroups, sets, block, stages, q_buffers = blocks
   copies = max(1, block // tiling.page_size) * sets
   chunk = columns_of_swizzle(head_dim)
@@ -73,18 +91,19 @@ def attend_items(q_rows, kv_pages, schedule: gpu_schedule.Schedule, o_ref, part_
   kv_smem = plgpu.SMEM((stages, sets, block, head_dim), dtype, transforms=transforms)
   # Rows leave token by token, so their staging is plain row-major; the columns of a
   # float32 partial result go out in pieces and take no more room than those of a bf16 tile.
-  width = head_dim if head_dim <= 128 else head_dim // 2
+  width = stage_width(head_dim)
   # The interpreter keeps the members of a union apart, and would see races between them.
   union = plgpu.RefUnion if interpret is None else lambda *refs: refs
-  stage = union(plgpu.SMEM((warpgroups, ROWS, width), dtype),
-                plgpu.SMEM((warpgroups, ROWS, width // 2), jnp.float32))
-  # A q tile starts at any row, but a tiled copy only at multiples of 8. One swizzle wide,
-  # both have the same bytes in the same places: copy as rows, multiply as tiles.
-  q_shape = (q_buffers, warpgroups, chunks, ROWS, chunk)
-  q_rows_smem = plgpu.SMEM(q_shape, dtype, transforms=(swizzle,))
-  q_tile_smem = plgpu.SMEM(q_shape, dtype, transforms=transforms)
+  stage = union(*(
+      plgpu.SMEM((warpgroups, ROWS, stage_pitch(tiling.group, columns, t)), t)
+      for columns, t in ((width, dtype), (width // 2, jnp.float32))))
+  # A tiled copy could only start at multiples of 8 rows. One swizzle wide, rows and tiles
+  # have the same bytes in the same places: copy as rows, multiply as tiles.
+  box = (q_buffers, warpgroups, chunks, ROWS // q.shape[2], q.shape[2], chunk)
+  q_box = plgpu.SMEM(box, dtype, transforms=(swizzle,))
+  q_tile = plgpu.SMEM((*box[:3], ROWS, chunk), dtype, transforms=transforms)
   scratch = dict(
-      q_smem=union(q_rows_smem, q_tile_smem),
+      q_smem=union(q_box, q_tile),
       k_smem=kv_smem, v_smem=kv_smem, stage=stage,
       q_full=plgpu.Barrier(num_arrivals=warpgroups * chunks, num_barriers=q_buffers),
       q_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=q_buffers),
@@ -109,8 +128,14 @@ def attend_items(q_rows, kv_pages, schedule: gpu_schedule.Schedule, o_ref, part_
           approx_math=True, unsafe_no_auto_barriers=False,
           lowering_semantics=plgpu.LoweringSemantics.Lane),
       **params,
-  )(schedule.items, schedule.ranges, schedule.page_indices, schedule.row_positions, q_rows, kv_pages,
+  )(schedule.items, schedule.ranges, schedule.page_indices, schedule.row_positions, q, kv_pages,
     o_ref, part_ref, lse_ref)
+
+
+def pass_turn_and_arrive(turn):
+  """Completes a pass that was announced and announces the next one."""
+  plgpu.barrier_wait(turn)
+  plgpu.barrier_arrive(turn)
 
 
 def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_smem, k_smem, v_smem,
@@ -119,10 +144,8 @@ def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_s
   warpgroups, sets, block, stages, q_buffers = blocks
   group, page_size = tiling.group, tiling.page_size
   head_dim, dtype = q.shape[-1], q.dtype
-  q_copy, q_tiles = q_smem
-  if interpreted:
-    q_tiles = q_copy
-  chunks, chunk = q_copy.shape[2], q_copy.shape[4]
+  q_box, q_tile = q_smem
+  chunks, box_tokens, box_group, chunk = q_box.shape[2:]
   cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
   head_sets = tiling.num_kv_heads // sets
   kind = ("narrow", "wide").index(kind)
@@ -134,17 +157,18 @@ def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_s
   shares_kv = warpgroups > 1 and sets == 1
 
   def read_item(i):
-    """The work of round i: its item, first KV head, and columns."""
+    """The work of round i: its item, first KV head, and columns; any other one past the end."""
     work = i * tiling.num_ctas + snake(i)
-    item = first_item + lax.div(work, head_sets)
-    return item, lax.rem(work, head_sets) * sets, lambda column: table[item, column]
+    item = jnp.minimum(first_item + lax.div(work, head_sets), table.shape[0] - 1)
+    head = lax.rem(work, head_sets) * sets
+    return item, head, tuple(table[item, c] for c in range(gpu_schedule.SLOT + 1))
 
-  def kv_range(column):
+  def kv_range(columns):
     """Segment offsets [first, end) to read and the number of blocks."""
-    first, kv_start = column(gpu_schedule.KV_BEGIN), column(gpu_schedule.KV_START)
-    end = jnp.minimum(column(gpu_schedule.KV_END), column(gpu_schedule.HIGH) + 1 - kv_start)
+    first, kv_start = columns[gpu_schedule.KV_BEGIN], columns[gpu_schedule.KV_START]
+    end = jnp.minimum(columns[gpu_schedule.KV_END], columns[gpu_schedule.HIGH] + 1 - kv_start)
     if window is not None:
-      seen = column(gpu_schedule.LOW) - window + 1 - kv_start
+      seen = columns[gpu_schedule.LOW] - window + 1 - kv_start
       first = jnp.maximum(first, lax.div(jnp.maximum(seen, 0), block) * block)
     return first, end, lax.div(jnp.maximum(end - first, 0) + block - 1, block)
 
@@ -152,22 +176,22 @@ def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_s
   def _load():
     plgpu.set_max_registers(40, action="decrease")
 
-    def do_item(i, step):
-      _, head, column = read_item(i)
-      first, end, num_blocks = kv_range(column)
-      page_start = column(gpu_schedule.PAGE_START)
+    def do_item(i, carry):
+      step, (_, head, columns) = carry
+      following = read_item(i + 1)  # read ahead: its latency hides behind this item
+      first, end, num_blocks = kv_range(columns)
+      page_start = columns[gpu_schedule.PAGE_START]
       last_page = page_start + lax.div(jnp.maximum(end - 1, 0), page_size)
       buffer = lax.rem(i, q_buffers)
       pl.when(i >= q_buffers)(lambda: plgpu.barrier_wait(q_free.at[buffer]))
-      token = column(gpu_schedule.TOKEN)
       for w in range(warpgroups):
-        row = (token if sets > 1 else token + w * tiling.tokens) * group
-        # The second warpgroup of a short tile has no rows; it reads any that exist.
-        row = jnp.minimum(row, q.shape[1] - ROWS)
+        token = columns[gpu_schedule.TOKEN] + (0 if sets > 1 else w * tiling.tokens)
+        row = token * (group // box_group)
         for c in range(chunks):
           plgpu.copy_gmem_to_smem(
-              q.at[head + (w if sets > 1 else 0), pl.ds(row, ROWS), pl.ds(c * chunk, chunk)],
-              q_copy.at[buffer, w, c], q_full.at[buffer])
+              q.at[pl.ds(row, box_tokens), head + (w if sets > 1 else 0), :,
+                   pl.ds(c * chunk, chunk)],
+              q_box.at[buffer, w, c], q_full.at[buffer])
 
       def do_block(b, step):
         slot = lax.rem(step, stages)
@@ -187,32 +211,41 @@ def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_s
                   smem.at[slot, s, pl.ds(j * size, size)], full.at[slot])
         return step + 1
 
-      return lax.fori_loop(0, num_blocks, do_block, step)
+      return lax.fori_loop(0, num_blocks, do_block, step), following
 
-    lax.fori_loop(0, num_rounds, do_item, jnp.int32(0))
+    lax.fori_loop(0, num_rounds, do_item, (jnp.int32(0), read_item(0)))
 
   @pl.when(wg < warpgroups)
   def _compute():
-    plgpu.set_max_registers({1: 232, 2: 232}[warpgroups], action="increase")
+    plgpu.set_max_registers(232, action="increase")
     row_layout = plgpu.Layout.WGMMA.reduce(1)
     kv_set = wg if sets > 1 else 0
     rows_of = lambda value: plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), row_layout)
 
-    def take_turn():
-      """Lets the other warpgroup use the tensor cores while this one does its softmax."""
+    # Two warpgroups alternate: one multiplies while the other does its softmax. Each passes
+    # `turn` before its softmax and before its second product, the second warpgroup one pass
+    # behind. The arrival for an item's first pass comes before the last item's epilogue, so
+    # that neither waits for the other to write its output.
+    def pass_turn(arrived=False):
       if shares_kv:
-        plgpu.barrier_arrive(turn)
+        pl.when(jnp.logical_not(arrived))(lambda: plgpu.barrier_arrive(turn))
         plgpu.barrier_wait(turn)
 
-    def do_item(i, step):
-      item, head, column = read_item(i)
-      head = head + kv_set
-      first, end, num_blocks = kv_range(column)
-      token, kv_start = column(gpu_schedule.TOKEN), column(gpu_schedule.KV_START)
-      low, high = column(gpu_schedule.LOW), column(gpu_schedule.HIGH)
-      token_begin = token if sets > 1 else token + wg * tiling.tokens
-      row = jnp.minimum(token_begin * group, row_positions.shape[0] - ROWS)
-      position = load(row_positions.at[pl.ds(row, ROWS)], row_layout, optimized=False)
+    def read_ahead(i):
+      """Item of round i, and the positions of this warpgroup's rows."""
+      item, head, columns = read_item(i)
+      token = columns[gpu_schedule.TOKEN] + (0 if sets > 1 else wg * tiling.tokens)
+      row = jnp.minimum(token * group, row_positions.shape[0] - ROWS)
+      position = plgpu.load(row_positions.at[pl.ds(row, ROWS)], layout=row_layout,
+                            optimized=False)
+      return (item, head + kv_set, columns), token, position
+
+    def do_item(i, carry):
+      step, ((item, head, columns), token_begin, position) = carry
+      following = read_ahead(i + 1)
+      first, end, num_blocks = kv_range(columns)
+      kv_start = columns[gpu_schedule.KV_START]
+      low, high = columns[gpu_schedule.LOW], columns[gpu_schedule.HIGH]
       # Blocks [begin_full, end_full) need no mask.
       end_full = lax.div(jnp.maximum(jnp.minimum(end, low + 1 - kv_start) - first, 0), block)
       begin_full = jnp.int32(0)
@@ -224,8 +257,6 @@ def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_s
 
       buffer = lax.rem(i, q_buffers)
       plgpu.barrier_wait(q_full.at[buffer])
-      if shares_kv:
-        pl.when(wg == 1)(take_turn)
 
       def do_block(b, carry, *, masked):
         acc, top, total, step = carry
@@ -235,10 +266,14 @@ def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_s
         def multiply_qk(scores):
           for c in range(chunks):
             keys = k_smem.at[slot, kv_set, :, pl.ds(c * chunk, chunk)]
-            plgpu.wgmma(scores, q_tiles.at[buffer, wg, c], transpose(keys))
-          take_turn()
+            plgpu.wgmma(scores, q_tile.at[buffer, wg, c], keys.transpose((1, 0)))
+          pass_turn(arrived=b == 0)
           return scores[...]
-        scores = pl.run_scoped(multiply_qk, plgpu.ACC((ROWS, block), jnp.float32))
+
+        if interpreted:
+          scores = interpreted_qk(buffer, slot, b)
+        else:
+          scores = pl.run_scoped(multiply_qk, plgpu.ACC((ROWS, block), jnp.float32))
         plgpu.barrier_arrive(k_free.at[slot])
 
         to_log2 = scale * _LOG2E
@@ -272,13 +307,21 @@ def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_s
           plgpu.barrier_wait(turn)
 
         values = v_smem.at[slot, kv_set]
-        if interpreted:  # the interpreter takes neither wgmma from registers nor run_state
+        if interpreted:  # which takes neither wgmma from registers nor run_state
           acc += jnp.dot(probs, values[...], preferred_element_type=jnp.float32)
-          plgpu.commit_smem()  # such a read, unlike wgmma's, is not ordered with TMA writes
+          plgpu.commit_smem()
         else:
           acc = pl.run_state(lambda ref: plgpu.wgmma(ref, probs, values))(plgpu.ACC.init(acc))
         plgpu.barrier_arrive(v_free.at[slot])
         return acc, new_top, total, step + 1
+
+      def interpreted_qk(buffer, slot, b):
+        """multiply_qk where the members of a union are apart."""
+        rows = [q_box[buffer, wg, c].reshape(ROWS, chunk) for c in range(chunks)]
+        keys = k_smem[slot, kv_set]
+        plgpu.commit_smem()  # such reads, unlike those of wgmma, are not ordered with TMA writes
+        pass_turn(arrived=b == 0)
+        return jnp.dot(jnp.concatenate(rows, axis=1), keys.T, preferred_element_type=jnp.float32)
 
       def clean_tail(slot, length):
         """Zeroes V past the item's end: its weight is 0, but 0 * NaN is NaN."""
@@ -287,7 +330,7 @@ def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_s
           def clean():
             for begin in range(0, block, ROWS):
               ref = v_smem.at[slot, kv_set, pl.ds(begin, ROWS)]
-              value = load(ref, plgpu.Layout.WGMMA)
+              value = plgpu.load(ref, layout=plgpu.Layout.WGMMA)
               line = plgpu.broadcasted_iota(jnp.int32, value.shape, 0, layout=plgpu.Layout.WGMMA)
               ref[...] = jnp.where(line + begin < length, value, jnp.zeros_like(value))
             plgpu.commit_smem()
@@ -308,12 +351,12 @@ def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_s
       carry = lax.fori_loop(begin_full, end_full, functools.partial(do_block, masked=False), carry)
       acc, top, total, step = lax.fori_loop(end_full, num_blocks, with_mask, carry)
       if shares_kv:
-        pl.when(wg == 0)(take_turn)
+        pl.when(num_blocks > 0)(lambda: plgpu.barrier_arrive(turn))
       plgpu.barrier_arrive(q_free.at[buffer])
-      write(item, head, column, token_begin, acc, top, total)
-      return step
+      write(item, head, columns, token_begin, acc, top, total)
+      return step, following
 
-    def write(item, head, column, token_begin, acc, top, total):
+    def write(item, head, columns, token_begin, acc, top, total):
       """Normalises a tile and sends its rows out, token by token."""
       seen = total > 0.0
       inverse = jnp.where(seen, 1.0 / jnp.where(seen, total, 1.0), 0.0)
@@ -321,33 +364,43 @@ def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_s
       row_lse = jnp.where(seen, top + jnp.log2(jnp.where(seen, total, 1.0)), -jnp.inf)
       row = item * gpu_schedule.ITEM_ROWS + (0 if sets > 1 else wg * ROWS)
       lse[head, pl.ds(row, ROWS)] = row_lse
-      slot, token = column(gpu_schedule.SLOT), column(gpu_schedule.TOKEN)
-      count = jnp.clip(token + column(gpu_schedule.NUM_TOKENS) - token_begin, 0, tiling.tokens)
+      slot, token = columns[gpu_schedule.SLOT], columns[gpu_schedule.TOKEN]
+      count = jnp.clip(token + columns[gpu_schedule.NUM_TOKENS] - token_begin, 0, tiling.tokens)
 
-      def send(source, begin, target):
-        """Sends columns [begin, begin + width of the source) of all rows."""
-        width = source.shape[-1]
-        plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-        store(source, acc[:, begin:begin + width].astype(source.dtype))
-        plgpu.commit_smem()
-        def send_token(j, _):
-          plgpu.copy_smem_to_gmem(source.at[pl.ds(j * group, group)],
-                                  target(j).at[:, pl.ds(begin, width)], commit_group=False)
-        lax.fori_loop(0, count, send_token, None)
-        plgpu.commit_smem_to_gmem_group()
+      def send(source, width, token_rows):
+        """Sends the rows of `count` tokens; token_rows(j) is [G, H] of token number j."""
+        for begin in range(0, head_dim, width):
+          plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+          columns = pl.ds(0, width)
+          store(source.at[:, columns], acc[:, begin:begin + width].astype(source.dtype))
+          plgpu.commit_smem()
+          together = group if source.shape[-1] == width else 1
+
+          def send_rows(j, _, begin=begin):
+            target = token_rows(lax.div(j * together, group))
+            first = lax.rem(j * together, group)
+            plgpu.copy_smem_to_gmem(
+                source.at[pl.ds(j * together, together), columns],
+                target.at[pl.ds(first, together), pl.ds(begin, width)], commit_group=False)
+          lax.fori_loop(0, count * (group // together), send_rows, None)
+          plgpu.commit_smem_to_gmem_group()
 
       o_stage, part_stage = (s.at[wg] for s in stage)
+      width = stage_width(head_dim)
 
       @pl.when(slot < 0)
       def _():
-        for begin in range(0, head_dim, o_stage.shape[-1]):
-          send(o_stage, begin, lambda j: o.at[token_begin + j, pl.ds(head * group, group)])
+        send(o_stage, width, lambda j: o.at[token_begin + j, pl.ds(head * group, group)])
 
       @pl.when(slot >= 0)
       def _():
         first = slot + token_begin - token
-        for begin in range(0, head_dim, part_stage.shape[-1]):
-          send(part_stage, begin, lambda j: part.at[first + j, head, pl.ds(0, group)])
+        send(part_stage, width // 2, lambda j: part.at[first + j, head, pl.ds(0, group)])
 
-    lax.fori_loop(0, num_rounds, do_item, jnp.int32(0))
+    if shares_kv:
+      plgpu.barrier_arrive(turn)
+      pl.when(wg == 1)(lambda: pass_turn_and_arrive(turn))
+    lax.fori_loop(0, num_rounds, do_item, (jnp.int32(0), read_ahead(0)))
+    if shares_kv:
+      pl.when(wg == 0)(lambda: pass_turn_and_arrive(turn))
     plgpu.wait_smem_to_gmem(0)

@@ -11,8 +11,6 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
-from pallas_kernels.shared_prefix_attention import gpu_kernel
-
 _WARPGROUPS = 4
 _CTAS = 2  # per multiprocessor
 
@@ -61,7 +59,7 @@ def merge_parts(merge, part, lse, o_ref, merged_lse_ref, *, num_kv_heads: int, g
 
       def do_part(j, carry):
         acc, top, total = carry
-        value = gpu_kernel.load(part.at[slots[j], head], layout)
+        value = plgpu.load(part.at[slots[j], head], layout=layout)
         first = lse_rows[j]
         new_top, new_total, decay, weight = [], [], [], []
         for g in range(group):
@@ -83,12 +81,13 @@ def merge_parts(merge, part, lse, o_ref, merged_lse_ref, *, num_kv_heads: int, g
       for g in range(group):
         merged_lse[token, head * group + g] = top[g] + jnp.log2(safe[g])
       plgpu.wait_smem_to_gmem(0, wait_read_only=True)
-      stage[wg] = acc.astype(dtype)
+      if interpret is None:
+        stage.at[wg].reshape(width)[...] = acc.astype(dtype)
+      else:  # which cannot reshape a reference
+        stage[wg] = acc.astype(dtype).reshape(stage.shape[1:])
       plgpu.commit_smem()
-      for g in range(group):
-        plgpu.copy_smem_to_gmem(stage.at[wg, pl.ds(g * head_dim, head_dim)],
-                                o.at[token, head * group + g], commit_group=False)
-      plgpu.commit_smem_to_gmem_group()
+      plgpu.copy_smem_to_gmem(stage.at[wg, pl.ds(0, group)],
+                              o.at[token, pl.ds(head * group, group)])
 
     units = num_tokens[0] * num_kv_heads
     lax.fori_loop(0, lax.div(units - worker + workers - 1, workers), do_unit, None)
@@ -96,7 +95,7 @@ def merge_parts(merge, part, lse, o_ref, merged_lse_ref, *, num_kv_heads: int, g
 
   params = {} if interpret is None else {"interpret": interpret}
   plgpu.kernel(
-      body, out_type=(), scratch_types=[plgpu.SMEM((_WARPGROUPS, width), dtype)],
+      body, out_type=(), scratch_types=[plgpu.SMEM((_WARPGROUPS, width // head_dim, head_dim), dtype)],
       grid=(_CTAS * num_ctas,), grid_names=("cta",), num_threads=_WARPGROUPS, thread_name="wg",
       compiler_params=plgpu.CompilerParams(
           approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),

@@ -245,17 +245,24 @@ def _split(tiles: jax.Array, is_wide: jax.Array, tiling: Tiling):
   visible = jnp.clip(tiles[:, HIGH] + 1 - tiles[:, KV_START], 0, tiles[:, KV_END])
   blocks = jnp.where(tiles[:, NUM_TOKENS] > 0, -(-visible // size), 0)
   cuts = jnp.arange(1, _MAX_SPLITS + 1)
-  target = jnp.zeros_like(blocks)
+  parts = jnp.zeros_like(blocks)
   for kind, sets in ((False, tiling.narrow.kv_sets), (True, tiling.wide.kv_sets)):
     mine = jnp.where(is_wide == kind, blocks, 0)
+    heads = tiling.num_kv_heads // sets
     largest = jnp.maximum(mine.max(), 1)
-    works = jnp.sum(mine) * (tiling.num_kv_heads // sets) / largest
+    works = jnp.sum(mine) * heads / largest
     rounds = jnp.ceil(works * cuts / tiling.num_ctas) / cuts * (1.0 + 0.01 * cuts)
     allowed = (works * cuts <= _SPLIT_FILL * tiling.num_ctas) & (largest >= 4 * cuts)
-    rounds = jnp.where(allowed | (cuts == 1), rounds, jnp.inf)
-    target = jnp.where(is_wide == kind, -(-largest // cuts[jnp.argmin(rounds)]), target)
-
-  parts = -(-blocks // target)
+    best = cuts[jnp.argmin(jnp.where(allowed | (cuts == 1), rounds, jnp.inf))]
+    target = -(-largest // best)
+    # Long lists stay whole, save for the tiles of their last round where it is not full.
+    count = jnp.sum(mine > 0)
+    rest = count * heads % tiling.num_ctas
+    few = cuts[:_SPLIT_FILL]
+    last_round = few[jnp.argmin(jnp.ceil(rest * few / tiling.num_ctas) / few * (1.0 + 0.01 * few))]
+    is_last = (count - jnp.cumsum(mine > 0)) * heads < rest
+    is_last &= (best == 1) & (mine >= 4 * last_round) & (count * heads > tiling.num_ctas)
+    parts += jnp.where(is_last, last_round, -(-mine // target))
   length = -(-blocks // jnp.maximum(parts, 1))
   parts = -(-blocks // jnp.maximum(length, 1))  # rounding can leave the last part empty
   owner, local, here = _expand(parts, tiles.shape[0] + 2 * _extra_items(tiling))

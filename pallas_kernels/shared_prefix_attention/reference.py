@@ -65,8 +65,14 @@ def make_schedule(segments, page_indices: jax.Array, positions: jax.Array, *, pa
                   rows=min(tiling.rows, num_segments), row_kv=whole_pages(tiling.row_kv))
 
   used = segments.kv_len > 0
-  is_row = used & (segments.q_len == 1)
-  is_tiled = used & (segments.q_len > 1)
+  # Rows run many at a time, so no two of them may be one token: where a token is all that a step
+  # has of several levels, only the last is a row, and the others are tiles.
+  index = jnp.arange(num_segments)
+  is_single = used & (segments.q_len == 1)
+  last = jnp.zeros(num_tokens, jnp.int32).at[
+      jnp.where(is_single, segments.q_start, num_tokens)].max(index, mode="drop")
+  is_row = is_single & (jnp.take(last, segments.q_start, mode="clip") == index)
+  is_tiled = used & ~is_row
   is_short = (segments.q_len <= tiling.short_q) | (segments.kv_len <= 2 * tiling.short_kv)
   ends = lambda here, block: jnp.cumsum(jnp.where(here, -(-segments.q_len // block), 0))
   overrun = max(tiling.kv, tiling.short_kv, tiling.row_kv) // page_size

@@ -35,7 +35,8 @@ ROWS = [
      "temperature": 0.8, "max_tokens": 5},
     {"id": "scored", "prompt": PREFIX + "one", "prompt_logprobs": True, "max_tokens": 1},
     {"id": "same", "prompt": PREFIX + "one", "max_tokens": 5, "return_token_ids": True},
-    {"id": "whole", "prompt": PREFIX + "four", "temperature": 1.2, "seed": 3, "max_tokens": 24},
+    {"id": "whole", "prompt": PREFIX + "four", "temperature": 1.2, "seed": 3, "max_tokens": 24,
+     "ignore_eos": True},
     {"id": "seeded", "prompt": PREFIX + "three", "temperature": 1.5, "seed": 7, "max_tokens": 8},
 ]
 
@@ -189,7 +190,7 @@ def _rounded(value):
 
 @pytest.fixture(scope="module")
 def cut_outputs(tmp_path_factory, config, outputs):
-  """The row "whole" with stop strings out of its own text, and a row that leaves all to defaults."""
+  """"whole" with stop strings out of its own text, and rows that leave settings to defaults."""
   whole = outputs["whole"]["text"]
   assert len(whole) > 12
   rows = [ROWS[[row.get("id") for row in ROWS].index("whole")] | {"id": name, "stop": stop}

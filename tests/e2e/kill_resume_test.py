@@ -1,4 +1,4 @@
-"""A job that is killed with SIGKILL at twenty random moments writes what an undisturbed one does."""
+"""A job killed with SIGKILL at twenty random moments writes what an undisturbed one does."""
 
 import collections
 import json

@@ -49,7 +49,7 @@ def make_requests() -> list[Request]:
 
 
 REQUESTS = make_requests()
-# Draws and stop strings, without the rest of sampling: their steps compile in a fraction of the time.
+# Draws and stop strings, without the rest of sampling: their steps compile much faster.
 SIMPLE = [request for request in REQUESTS if request.request_id[0] in "012"]
 
 
@@ -85,7 +85,7 @@ def assert_equal(completions, requests, oracle):
     assert_same(completions[request.request_id], oracle[request.request_id])
 
 
-def test_every_kind_of_sampling_equals_one_row_at_a_time_and_survives_preemption(oracle, monkeypatch):
+def test_every_kind_of_sampling_survives_preemption(oracle, monkeypatch):
   class Optimist(scheduler.LengthPredictor):
     def predict(self, num_generated, max_tokens):
       return np.minimum(num_generated + 1, max_tokens)

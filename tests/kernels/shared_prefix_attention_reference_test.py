@@ -89,6 +89,8 @@ CASES = {
     "two_levels": dict(num_groups=2, rows_per_group=3, prefix_len=13, max_own=6, chunk=1, depth=2),
     "mixed": dict(num_groups=2, rows_per_group=3, prefix_len=9, max_own=12, chunk=7, depth=3),
     "four_levels": dict(num_groups=1, rows_per_group=4, prefix_len=5, max_own=9, chunk=4, depth=4),
+    "alone_on_all_levels": dict(num_groups=3, rows_per_group=1, prefix_len=6, max_own=9, chunk=1,
+                                depth=3),
     "one_row": dict(num_groups=1, rows_per_group=1, prefix_len=0, max_own=30, chunk=30, depth=1),
 }
 

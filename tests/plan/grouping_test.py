@@ -188,8 +188,11 @@ def test_no_sharing_gives_every_request_its_own_leaf():
   assert tree.num_rows.tolist() == [3, 1, 1, 1] and tree.subtree_end.tolist() == [4, 2, 3, 4]
 
 
-def test_errors_name_the_request_and_the_remedy():
-  with pytest.raises(ValueError, match="request 1 has 4 rows.*repeat"):
-    grouping.no_sharing(np.array([3, 1], np.int32), np.array([1, 4], np.int32))
+def test_without_sharing_the_samples_of_a_request_still_share_its_prompt():
+  tree = grouping.no_sharing(np.array([3, 1], np.int32), np.array([1, 4], np.int32))
+  assert grouping.prompt_tokens(tree) == 4 and tree.num_rows.tolist() == [5, 1, 4]
+
+
+def test_errors_name_the_remedy():
   with pytest.raises(ValueError, match="max_levels must be at least 1"):
     _choose([[1]], max_levels=0)

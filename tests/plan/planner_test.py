@@ -90,7 +90,8 @@ def test_prediction_counts_the_dispatches_of_a_short_window():
 
 def test_a_long_window_is_extrapolated():
   engine = dataclasses.replace(ENGINE, max_step_tokens=64, max_decode_steps=1)
-  first, second = (planner.make_plan(CONFIG, window(num, shared_len=1, max_tokens=40), engine, CPU)
+  first, second = (planner.make_plan(CONFIG, window(num, shared_len=1, max_tokens=40, ignore_eos=True), engine,
+                                       CPU)
                    .prediction for num in (200, 400))
   assert first.is_extrapolated and second.is_extrapolated
   for ratio in (second.secs / first.secs, second.num_mixed / first.num_mixed,

@@ -1,0 +1,220 @@
+"""The Mosaic GPU implementation: its work list, and its kernels in the GPU interpreter.
+
+`python -m pallas_kernels.shared_prefix_attention.bench` runs every case of `specs.SMALL`, and
+the large ones, on a card.
+"""
+
+import functools
+
+import jax
+from jax.experimental.pallas import mosaic_gpu as plgpu
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from pallas_kernels.shared_prefix_attention import gpu
+from pallas_kernels.shared_prefix_attention import gpu_schedule
+from pallas_kernels.shared_prefix_attention import Segments
+from pallas_kernels.shared_prefix_attention import specs
+from pallas_kernels.shared_prefix_attention.gpu_schedule import (
+    HIGH, ITEM_ROWS, KV_BEGIN, KV_END, KV_START, LOW, NUM_TOKENS, PAGE_START, SLOT, TOKEN)
+
+needs_new_jax = pytest.mark.skipif(
+    jax.__version_info__ < (0, 11), reason="mosaic_gpu and its interpreter need JAX 0.11")
+
+
+def tiling_of(spec, num_ctas=3):
+  tiling = gpu.default_tiling(page_size=spec.page_size, num_heads=spec.num_heads,
+                              num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim)
+  return tiling._replace(num_ctas=num_ctas)
+
+
+def arrays(layout):
+  segments = Segments(**{k: jnp.asarray(v) for k, v in layout.segments.items()})
+  return segments, jnp.asarray(layout.page_indices), jnp.asarray(layout.positions)
+
+
+def schedule_of(spec, layout, num_ctas=3):
+  make = functools.partial(gpu_schedule.make_schedule, tiling=tiling_of(spec, num_ctas), max_levels=4)
+  return jax.jit(make)(*arrays(layout))
+
+
+def pairs_of_items(schedule, layout, page_size):
+  """Every (token, page slot) that the items let a token see, as a sorted list."""
+  pairs = []
+  items = np.asarray(schedule.items)
+  for item in items[items[:, NUM_TOKENS] > 0]:
+    for token in range(item[TOKEN], item[TOKEN] + item[NUM_TOKENS]):
+      end = min(item[KV_END], item[HIGH] + 1 - item[KV_START])
+      for offset in range(item[KV_BEGIN], end):
+        if item[KV_START] + offset <= layout.positions[token]:
+          page = layout.page_indices[item[PAGE_START] + offset // page_size]
+          pairs.append((token, int(page) * page_size + offset % page_size))
+  return sorted(pairs)
+
+
+def pairs_of_segments(layout, page_size):
+  """The same by the definition of segments."""
+  pairs, s = [], layout.segments
+  for i in range(len(s["q_len"])):
+    for token in range(s["q_start"][i], s["q_start"][i] + s["q_len"][i]):
+      for offset in range(s["kv_len"][i]):
+        if s["kv_start"][i] + offset <= layout.positions[token]:
+          page = layout.page_indices[s["page_start"][i] + offset // page_size]
+          pairs.append((token, int(page) * page_size + offset % page_size))
+  return sorted(pairs)
+
+
+@pytest.mark.parametrize("name", ["decode_own", "four_levels", "prefill_cached", "mixed", "split",
+                                  "group_5"])
+def test_items_hold_every_visible_pair_once(name):
+  spec = specs.SMALL[name]
+  layout = specs.lay_out(spec)
+  schedule = schedule_of(spec, layout)
+  assert pairs_of_items(schedule, layout, spec.page_size) == pairs_of_segments(layout, spec.page_size)
+
+  # Kinds are apart, each by falling cost, and the positions of an item are its tokens'.
+  items, ranges = np.asarray(schedule.items), np.asarray(schedule.ranges)
+  assert ranges[0, 0] == 0 and ranges[1, 0] == ranges[0, 1]
+  assert ranges[:, 1].sum() == (items[:, NUM_TOKENS] > 0).sum()
+  for (first, num), blocks in zip(ranges, (schedule.tiling.narrow, schedule.tiling.wide)):
+    mine = items[first:first + num]
+    assert (mine[:, NUM_TOKENS] <= blocks.warpgroups // blocks.kv_sets * schedule.tiling.tokens).all()
+    end = np.minimum(mine[:, KV_END], mine[:, HIGH] + 1 - mine[:, KV_START])
+    cost = -(-(end - mine[:, KV_BEGIN]) // blocks.kv)
+    assert (np.diff(cost) <= 0).all() and (cost > 0).all()
+    for item in mine:
+      held = layout.positions[item[TOKEN]:item[TOKEN] + item[NUM_TOKENS]]
+      assert (item[LOW], item[HIGH]) == (held.min(), held.max())
+
+
+@pytest.mark.parametrize("name", ["decode_own", "four_levels", "prefill_cached", "mixed", "split"])
+def test_merge_reads_the_slots_of_each_token(name):
+  spec = specs.SMALL[name]
+  layout = specs.lay_out(spec)
+  schedule = schedule_of(spec, layout)
+  tiling, merge = schedule.tiling, jax.tree.map(np.asarray, schedule.merge)
+  parts = {t: [] for t in range(len(layout.positions))}
+  for i, item in enumerate(np.asarray(schedule.items)):
+    for local in range(item[NUM_TOKENS]):
+      row = local // tiling.tokens * 64 + local % tiling.tokens * tiling.group
+      slot = item[SLOT] + local if item[SLOT] >= 0 else -1
+      parts[item[TOKEN] + local].append((slot, i * ITEM_ROWS + row))
+  slots = [slot for p in parts.values() for slot, _ in p if slot >= 0]
+  assert len(set(slots)) == len(slots) and all(s < len(merge.slots) for s in slots)
+  todo = set(merge.tokens[:merge.num_tokens[0]].tolist())
+  for token, mine in parts.items():
+    got = slice(merge.starts[token], merge.starts[token + 1])
+    if len(mine) == 1 and mine[0][0] < 0:
+      assert token not in todo and merge.direct_row[token] == mine[0][1]
+    else:  # also where nothing covers the token: the merge writes its zeros
+      assert token in todo and merge.direct_row[token] == -1
+      assert sorted(zip(merge.slots[got], merge.lse_rows[got])) == sorted(mine)
+
+
+def test_long_rows_are_split_until_the_card_is_full():
+  spec = specs.Spec("one", (specs.Row(40_000),), 4, 2, 64, 64)
+  num = int(schedule_of(spec, specs.lay_out(spec), num_ctas=132).ranges[0, 1])
+  assert 24 <= num <= 32  # the most splits of a row
+  spec = specs.Spec("full", specs.rows(66 * 8, 500), 4, 2, 64, 64)
+  assert int(schedule_of(spec, specs.lay_out(spec), num_ctas=132).ranges[0, 1]) == 66 * 8
+
+
+def test_last_round_is_split_when_it_is_short():
+  rows = specs.rows(10, 2000)  # 10 rows, 2 KV heads, 8 CTAs: 20 works, the last round of 4
+  spec = specs.Spec("tail", rows, 3, 1, 64, 64)
+  layout = specs.lay_out(spec)
+  schedule = schedule_of(spec, layout, num_ctas=4)
+  assert int(schedule.ranges[0, 1]) == 12
+  assert pairs_of_items(schedule, layout, 64) == pairs_of_segments(layout, 64)
+
+
+def test_advance_serves_a_decode_loop():
+  spec = specs.Spec("loop", (specs.Node(20, specs.rows(3, 13, 1)), specs.Row(70)), 4, 2, 64, 16)
+  layout = specs.lay_out(spec)
+  schedule = schedule_of(spec, layout)
+  for back in (3, 1, 0):
+    now = layout._replace(positions=layout.positions - back)
+    moved = jax.jit(gpu_schedule.advance)(schedule, jnp.asarray(now.positions))
+    assert pairs_of_items(moved, now, spec.page_size) == pairs_of_segments(now, spec.page_size)
+    rows = np.asarray(moved.row_positions)[:len(now.positions) * 2].reshape(-1, 2)
+    assert (rows == now.positions[:, None]).all()
+
+
+def test_unsupported_cases_say_why():
+  shapes = dict(head_dim=64, page_size=16, num_heads=4, num_kv_heads=2, q_dtype=jnp.bfloat16,
+                kv_dtype=jnp.bfloat16)
+  if jax.__version_info__ < (0, 11):
+    assert "JAX 0.11" in gpu.why_not(**shapes)
+    return
+  assert gpu.why_not(**shapes) is None
+  for change, word in ((dict(q_dtype=jnp.float32), "float32"), (dict(head_dim=72), "72"),
+                       (dict(page_size=24), "24"), (dict(num_heads=130), "65")):
+    assert word in gpu.why_not(**(shapes | change))
+  layout = specs.lay_out(specs.SMALL["decode_own"])
+  with pytest.raises(NotImplementedError, match="page sizes"):
+    gpu.make_schedule(*arrays(layout), page_size=24, num_heads=4, num_kv_heads=2, head_dim=64)
+
+
+def test_large_cases_measure_what_they_name():
+  layout = specs.lay_out(specs.LARGE["groups_64x16_2048"])
+  assert len(layout.positions) == 1024 and (layout.segments["kv_len"] == 2048).sum() == 64
+  flat = specs.lay_out(specs.LARGE["groups_64x16_2048"], one_level=True)
+  assert (flat.segments["kv_len"] == 2048 + 128).all() and flat.num_pages == layout.num_pages
+  assert (flat.readable == layout.readable).all() and not layout.readable[0].any()
+
+
+def run(spec, num_ctas=2, races=True):
+  case = specs.build(spec)
+  schedule = schedule_of(spec, case.layout, num_ctas)
+  out = gpu.attend(jnp.asarray(case.q), jnp.asarray(case.kv_pages), schedule, scale=spec.scale,
+                   window=spec.window, soft_cap=spec.soft_cap,
+                   interpret=plgpu.InterpretGPUParams(detect_races=races))
+  o, lse = (np.asarray(x, np.float64) for x in out)
+  exact_o, exact_lse = specs.exact(spec, case.layout, case.q, case.kv_pages)
+  np.testing.assert_array_equal(np.isneginf(lse), np.isneginf(exact_lse))
+  seen = np.isfinite(exact_lse)
+  np.testing.assert_allclose(lse[seen], exact_lse[seen], atol=1e-4)
+  # bfloat16 weights and output: 2^-9 of each, relative to the norm of a row.
+  error = np.linalg.norm(o - exact_o, axis=-1)
+  assert (error <= 8e-3 * np.linalg.norm(exact_o, axis=-1)).all(), error.max()
+
+
+# One case for each path: narrow and wide tiles with partial results of several levels and
+# padding; a window and a cap; a split row; rows of a token that leave one by one; groups
+# whose tokens do not fill a tile; warpgroups that take KV heads apart, and one alone.
+_tiny = dict(num_heads=2, num_kv_heads=1, head_dim=64, page_size=16)
+INTERPRETED = {s.name: s for s in (
+    specs.SMALL["four_levels"],
+    specs.Spec("wide", (specs.Node(37, (specs.Row(10), specs.Row(4, 40))),), padding=2, **_tiny),
+    specs.Spec("window", (specs.Node(150, (specs.Row(10), specs.Row(60, 2))),), window=33,
+               soft_cap=2.0, **_tiny),
+    specs.Spec("split", (specs.Row(1300),), **_tiny),
+    specs.Spec("odd", (specs.Node(20, (specs.Row(30, 2), specs.Row(0))),), 3, 1, 80, 32),
+)}
+
+
+@needs_new_jax
+@pytest.mark.parametrize("name", list(INTERPRETED))
+def test_kernels_give_the_definition(name):
+  run(INTERPRETED[name])
+
+
+@needs_new_jax
+@pytest.mark.parametrize("name", ["mixed", "window", "group_7", "head_dim_80", "head_dim_256",
+                                  "decode_page_256"])
+def test_kernels_lower_for_the_card(name):
+  spec = specs.SMALL[name]
+  layout = specs.lay_out(spec)
+  schedule = jax.eval_shape(functools.partial(
+      gpu.make_schedule, page_size=spec.page_size, num_heads=spec.num_heads,
+      num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim), *arrays(layout))
+  q = jax.ShapeDtypeStruct((len(layout.positions), spec.num_heads, spec.head_dim), jnp.bfloat16)
+  kv = jax.ShapeDtypeStruct(
+      (layout.num_pages, spec.num_kv_heads, spec.page_size, 2 * spec.head_dim), jnp.bfloat16)
+  attend = jax.jit(functools.partial(gpu.attend, scale=spec.scale, window=spec.window))
+  text = attend.trace(q, kv, schedule).lower(lowering_platforms=("cuda",)).as_text()
+  wide = len(layout.positions) > schedule.tiling.tokens
+  assert text.count("custom_call @mosaic_gpu") == 2 + wide
+  # Output, partial results and log-sum-exp are written in place.
+  assert "output_operand_alias" in text
