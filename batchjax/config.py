@@ -214,8 +214,20 @@ class JobConfig:
 
 def to_config_dict(config: Any) -> ml_collections.ConfigDict:
   """The dataclass as a ConfigDict whose fields absl flags can override."""
-  return ml_collections.ConfigDict(dataclasses.asdict(config), sort_keys=False,
-                                   convert_dict=True)
+  values = ml_collections.ConfigDict(dataclasses.asdict(config), sort_keys=False,
+                                     convert_dict=True)
+  _hold_places(values, type(config))
+  return values
+
+
+def _hold_places(values: ml_collections.ConfigDict, cls: type) -> None:
+  """Tells the type of fields that are None, without which a flag could not set them."""
+  for name, hint in typing.get_type_hints(cls).items():
+    if dataclasses.is_dataclass(hint):
+      _hold_places(values[name], hint)
+    elif values[name] is None:
+      kind = next(a for a in typing.get_args(hint) if a is not type(None))
+      values[name] = ml_collections.config_dict.placeholder(kind)
 
 
 def from_config_dict(cls: type[T], values: Any, where: str = "config") -> T:
@@ -231,7 +243,13 @@ def from_config_dict(cls: type[T], values: Any, where: str = "config") -> T:
   missing = sorted(name for name, f in known.items() if name not in values
                    and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING)
   _require(not missing, f"{where} lacks {missing}")
-  return cls(**{name: _convert(hints[name], values[name], f"{where}.{name}") for name in values})
+  fields = {name: _convert(hints[name], values[name], f"{where}.{name}") for name in values}
+  try:
+    return cls(**fields)
+  except ConfigError:
+    raise
+  except ValueError as e:
+    raise ConfigError(f"{where}.{e}") from e
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

@@ -57,7 +57,7 @@ def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = E
       takes them all to be in the first window.
     stop_table: automata of all stop strings (`text.stop.build_stop_table`).
     observe: is given the `Plan` of each window, the `CompileRecord`s and every `StepEvent`.
-    module_class: `module_class(config, page_size, attention)` makes the model's module.
+    module_class: `module_class(config, page_size, attention, max_levels)` makes the module.
 
   Yields:
     Completions in the order in which they finish.
@@ -79,7 +79,7 @@ def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = E
   transitions = None if stop_table is None else jax.device_put(stop_table.transitions)
   state = compile_lib.init_state(config, engine, plan.num_pages, max_rows, features)
   steps = compile_lib.compile_steps(
-      module_class(config, engine.page_size, engine.attention), model.params, state, buckets,
+      module_class(config, engine.page_size, engine.attention, engine.max_levels), model.params, state, buckets,
       features, table, transitions, max_decode_steps=engine.max_decode_steps,
       max_len=config.max_len)
   for record in steps.records:

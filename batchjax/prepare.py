@@ -49,15 +49,15 @@ def prepare(input_path: str, store_path: pathlib.Path, config: JobConfig, model:
   Raises:
     InputError: the file cannot be read at all.
     BadRow: a row is bad and `config.strict` is set.
-    ConfigError: the chat template cannot be compiled.
+    ConfigError: the chat template cannot be read or compiled.
   """
-  source = tokenizer.chat_template
-  if config.chat_template:
-    source = pathlib.Path(config.chat_template).read_text("utf-8")
   try:
+    source = tokenizer.chat_template
+    if config.chat_template:
+      source = pathlib.Path(config.chat_template).expanduser().read_text("utf-8")
     template = chat.compile_template(source) if source else None
-  except ValueError as e:
-    raise ConfigError(str(e)) from e
+  except (OSError, ValueError) as e:
+    raise ConfigError(f"chat_template={config.chat_template!r}: {e}") from e
   rows = (validate.parse(record, defaults=config.sampling, model_name=config.model.name,
                          job_seed=config.seed) if not isinstance(record.value, RowError)
           else record.value for record in records.read(input_path))

@@ -87,12 +87,10 @@ class Attention(nn.Module):
   Attributes:
     config: the model's.
     kind: "global", or "local" for a sliding window.
-    implementation: of `ops.attention`; None picks by device.
   """
 
   config: ModelConfig
   kind: str
-  implementation: str | None
 
   @nn.compact
   def __call__(self, x: Float[Array, "T D"], rope: tuple[Array, Array],
@@ -122,7 +120,7 @@ class Attention(nn.Module):
         q.reshape(-1, c.num_heads, c.head_dim), kv_pages, schedule,
         scale=c.head_dim ** -0.5 if c.query_scale is None else c.query_scale,
         window=c.sliding_window if self.kind == "local" else None,
-        soft_cap=c.attn_soft_cap, implementation=self.implementation)
+        soft_cap=c.attn_soft_cap)
 
     w = self.param("out", nn.with_logical_partitioning(
         _dense_init((0, 1, 2), 3), (*head_axes, "embed")), out_shape, c.dtype)

@@ -19,13 +19,12 @@ class Block(nn.Module):
 
   config: ModelConfig
   kind: str
-  implementation: str | None
 
   @nn.compact
   def __call__(self, x, rope, kv_pages, write_slots, schedule):
     c = self.config
     norm = lambda name: layers.RMSNorm(c.norm_eps, c.norm_plus_one, c.dtype, name=name)
-    y, kv_pages = layers.Attention(c, self.kind, self.implementation, name="attn")(
+    y, kv_pages = layers.Attention(c, self.kind, name="attn")(
         norm("attn_norm")(x), rope, kv_pages, write_slots, schedule)
     x = x + (norm("post_attn_norm")(y) if c.post_norms else y)
     y = layers.FeedForward(c, name="ffn")(norm("ffn_norm")(x))
@@ -44,16 +43,18 @@ class Transformer(nn.Module):
     config: shapes and family traits.
     page_size: tokens of a KV page.
     attention: implementation of the attention op; None picks by device.
+    max_levels: most shared nodes above a row's own KV.
   """
 
   config: ModelConfig
   page_size: int
   attention: str | None = None
+  max_levels: int = 4
 
   def setup(self):
     c = self.config
     self.embed = layers.VocabTable(c, "embedding")
-    self.layers = [Block(c, kind, self.attention) for kind in c.layer_kinds]
+    self.layers = [Block(c, kind) for kind in c.layer_kinds]
     self.final_norm = layers.RMSNorm(c.norm_eps, c.norm_plus_one, c.dtype)
     self.lm_head = self.embed if c.tie_embeddings else layers.VocabTable(c, "kernel")
 
@@ -67,8 +68,8 @@ class Transformer(nn.Module):
     """
     c = self.config
     schedule = attention_op.make_schedule(
-        inputs.segments, inputs.page_indices, inputs.positions, page_size=self.page_size,
-        implementation=self.attention)
+        inputs.segments, inputs.page_indices, inputs.positions, config=c,
+        page_size=self.page_size, max_levels=self.max_levels, implementation=self.attention)
     ropes = {kind: layers.rope_table(c, kind, inputs.positions) for kind in set(c.layer_kinds)}
     x = self.embed.lookup(inputs.tokens)
     if c.embed_scale != 1.0:

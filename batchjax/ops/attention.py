@@ -5,6 +5,7 @@ from typing import Any
 import jax
 from jaxtyping import Array, Float, Int
 
+from batchjax.config import ModelConfig
 from batchjax.types import Segments
 from pallas_kernels import shared_prefix_attention as kernel
 
@@ -13,31 +14,39 @@ Schedule = Any
 
 
 def make_schedule(segments: Segments, page_indices: Int[Array, "I"], positions: Int[Array, "T"], *,
-                  page_size: int, implementation: str | None = None) -> Schedule:
+                  config: ModelConfig, page_size: int, max_levels: int,
+                  implementation: str | None = None) -> Schedule:
   """Work list of a step: built once, shared by every layer.
+
+  Args:
+    segments, page_indices, positions: see `StepInputs`.
+    config: shapes of the model.
+    page_size: tokens of a KV page.
+    max_levels: most shared nodes above a row's own KV.
+    implementation: None picks by device.
 
   Raises:
     NotImplementedError: the implementation is unknown or cannot run here.
   """
   with jax.named_scope("attention_schedule"):
-    return kernel.make_schedule(kernel.Segments(*segments), page_indices, positions,
-                                page_size=page_size, implementation=implementation)
+    return kernel.make_schedule(
+        kernel.Segments(*segments), page_indices, positions, page_size=page_size,
+        num_heads=config.num_heads, num_kv_heads=config.num_kv_heads, head_dim=config.head_dim,
+        dtype=config.dtype, max_segments=max_levels + 1, implementation=implementation)
 
 
 def shared_prefix_attention(q: Float[Array, "T Q H"], kv_pages: Float[Array, "A K page 2*H"],
                             schedule: Schedule, *, scale: float, window: int | None = None,
-                            soft_cap: float | None = None,
-                            implementation: str | None = None) -> Float[Array, "T Q H"]:
+                            soft_cap: float | None = None) -> Float[Array, "T Q H"]:
   """softmax(scale * q k^T) v over the KV of all segments that hold a token.
 
   Args:
     q: rotated queries.
     kv_pages: one layer's pool, this step's keys and values already written.
-    schedule: from `make_schedule` with the same implementation.
+    schedule: from `make_schedule`, which settled the implementation.
     scale: multiplies the scores.
     window: a token sees itself and the window - 1 positions before; None sees all.
     soft_cap: scores become soft_cap * tanh(scores / soft_cap).
-    implementation: None picks by device.
 
   Returns:
     In q's dtype; zeros where a token attends to nothing.
@@ -48,4 +57,4 @@ def shared_prefix_attention(q: Float[Array, "T Q H"], kv_pages: Float[Array, "A 
   """
   with jax.named_scope("shared_prefix_attention"):
     return kernel.shared_prefix_attention(q, kv_pages, schedule, scale=scale, window=window,
-                                          soft_cap=soft_cap, implementation=implementation)
+                                          soft_cap=soft_cap)

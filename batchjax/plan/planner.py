@@ -131,8 +131,10 @@ def make_plan(model: ModelConfig, requests: Sequence[Request], engine: EngineCon
     num_shared = min(num_shared, int((tree.num_rows[1:] > 1).sum()))
   drawn = sum(r.sampling_params.max_tokens * r.sampling_params.n for r in likely)
   scale = _scale(shapes, plan.totals.prompt_tokens_planned, drawn)
-  buckets = _solve(model, chip, engine, shapes, scale, max_rows, max_tokens_mixed,
-                   max_rows + num_shared, num_pages)
+  # Segments cost next to nothing; a power of two lets a resumed job find its compiled shapes.
+  num_segments = 1 << (max_rows + num_shared - 1).bit_length()
+  buckets = _solve(model, chip, engine, shapes, scale, max_rows, max_tokens_mixed, num_segments,
+                   num_pages)
   return dataclasses.replace(plan, buckets=buckets,
                              prediction=_predict(model, chip, shapes, scale, buckets))
 

@@ -43,6 +43,7 @@ class FakeModel:
   config: ModelConfig
   page_size: int
   attention: str | None = None
+  max_levels: int = 4
 
   def apply(self, params: Any, *args, method: str = "__call__"):
     """Dispatches like `flax.linen.Module.apply`."""

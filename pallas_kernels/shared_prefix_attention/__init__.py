@@ -18,13 +18,19 @@ Dimension letters: T flat tokens, Q query heads, K KV heads, H head dim,
 A pages in the pool, S segments, I entries of the flat page list.
 """
 
-from typing import NamedTuple
+import functools
+import importlib
+import logging
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from pallas_kernels.shared_prefix_attention import reference
 
-IMPLEMENTATIONS = ("reference",)
+# Each names a module with `make_schedule` and `attend`.
+_MODULES = {"reference": "reference", "mosaic_gpu": "gpu", "mosaic_tpu": "tpu"}
+IMPLEMENTATIONS = tuple(_MODULES)
 
 
 class Segments(NamedTuple):
@@ -47,8 +53,21 @@ class Segments(NamedTuple):
   page_start: jax.Array
 
 
+class Schedule(NamedTuple):
+  """Work list of a step for one implementation."""
+
+  implementation: "Implementation"
+  work: Any
+
+
+@jax.tree_util.register_static
+class Implementation(str):
+  """Name of an implementation; static in a pytree."""
+
+
 def make_schedule(segments: Segments, page_indices: jax.Array, positions: jax.Array, *,
-                  page_size: int, implementation: str | None = None):
+                  page_size: int, num_heads: int, num_kv_heads: int, head_dim: int, dtype: Any,
+                  max_segments: int = 5, implementation: str | None = None) -> Schedule:
   """Work list of a step: built once, shared by every layer.
 
   Args:
@@ -56,31 +75,49 @@ def make_schedule(segments: Segments, page_indices: jax.Array, positions: jax.Ar
     page_indices: i32[I], page lists of all segments.
     positions: i32[T], absolute position of each token; -1 is padding.
     page_size: tokens of a KV page.
-    implementation: as in `shared_prefix_attention`.
+    num_heads, num_kv_heads, head_dim, dtype: of the queries and KV to come.
+    max_segments: the most segments that hold one token.
+    implementation: "reference" (XLA), "mosaic_gpu" (Hopper), "mosaic_tpu"; None
+      takes the one made for the default device where it can do these shapes,
+      else the reference; the log names it.
 
-  Returns:
-    A pytree that only `shared_prefix_attention` with the same implementation reads.
+  Raises:
+    NotImplementedError: the named implementation cannot do this; it says why.
   """
-  _pick(implementation)
-  return reference.make_schedule(segments, page_indices, positions, page_size=page_size)
+  shapes = dict(page_size=page_size, num_heads=num_heads, num_kv_heads=num_kv_heads,
+                head_dim=head_dim)
+  name = implementation
+  if name is None:
+    name = _pick(jax.devices()[0], jnp.dtype(dtype).name, **shapes)
+  if name not in _MODULES:
+    raise NotImplementedError(
+        f"shared_prefix_attention has no implementation {name!r}; it has {IMPLEMENTATIONS}")
+  if name == "reference":
+    work = reference.make_schedule(segments, page_indices, positions, page_size=page_size)
+  else:
+    reason = _why_not(name, jnp.dtype(dtype).name, **shapes)
+    if reason:
+      raise NotImplementedError(reason)
+    work = _module(name).make_schedule(segments, page_indices, positions,
+                                       max_levels=max_segments, **shapes)
+  return Schedule(Implementation(name), work)
 
 
-def shared_prefix_attention(q: jax.Array, kv_pages: jax.Array, schedule, *, scale: float,
+def shared_prefix_attention(q: jax.Array, kv_pages: jax.Array, schedule: Schedule, *, scale: float,
                             window: int | None = None, soft_cap: float | None = None,
-                            implementation: str | None = None,
-                            return_lse: bool = False):
+                            return_lse: bool = False, interpret: Any = None):
   """softmax(scale * q k^T) v over the KV of all segments that hold a token.
 
   Args:
     q: [T, Q, H], rotated queries.
     kv_pages: [A, K, page_size, 2 * H]; this step's K and V are already written.
       Slots that no segment holds may contain anything, NaN included.
-    schedule: from `make_schedule`.
+    schedule: from `make_schedule`, which also settled the implementation.
     scale: multiplies the scores.
     window: token at position p sees KV positions in (p - window, p]; None sees all <= p.
     soft_cap: scores become soft_cap * tanh(scores / soft_cap).
-    implementation: "reference" (XLA); None picks by device.
     return_lse: also return the log-sum-exp of the scores.
+    interpret: interpreter parameters of the Pallas kernels, for tests on the CPU.
 
   Returns:
     o: [T, Q, H] in q's dtype, zeros where a token attends to nothing;
@@ -91,19 +128,46 @@ def shared_prefix_attention(q: jax.Array, kv_pages: jax.Array, schedule, *, scal
     ValueError: shapes do not fit together.
   """
   if q.ndim != 3 or kv_pages.ndim != 4 or kv_pages.shape[3] != 2 * q.shape[2]:
-    raise ValueError(f"q {q.shape} needs kv_pages [A, K, page_size, {2 * q.shape[-1]}], got {kv_pages.shape}")
+    raise ValueError(
+        f"q {q.shape} needs kv_pages [A, K, page_size, {2 * q.shape[-1]}], got {kv_pages.shape}")
   if q.shape[1] % kv_pages.shape[1]:
     raise ValueError(f"{q.shape[1]} query heads do not divide over {kv_pages.shape[1]} KV heads")
-  _pick(implementation)
-  o, lse = reference.attend(q, kv_pages, schedule, scale=scale, window=window, soft_cap=soft_cap)
+  options = {} if schedule.implementation == "reference" or not interpret else {
+      "interpret": interpret}
+  o, lse = _module(schedule.implementation).attend(
+      q, kv_pages, schedule.work, scale=scale, window=window, soft_cap=soft_cap, **options)
   o = o.astype(q.dtype)
   return (o, lse) if return_lse else o
 
 
-def _pick(implementation: str | None) -> str:
-  if implementation is None:
+def _module(name: str):
+  """The module of an implementation; the Mosaic ones are imported when first needed."""
+  return importlib.import_module(f"{__name__}.{_MODULES[name]}")
+
+
+def _why_not(name: str, dtype: str, *, page_size: int, num_heads: int, num_kv_heads: int,
+             head_dim: int) -> str | None:
+  if name == "mosaic_tpu":
+    return _module(name).why_not(head_dim=head_dim, page_size=page_size, q_dtype=dtype,
+                                 kv_dtype=dtype)
+  return _module(name).why_not(head_dim=head_dim, page_size=page_size, num_heads=num_heads,
+                               num_kv_heads=num_kv_heads, q_dtype=dtype, kv_dtype=dtype)
+
+
+@functools.cache
+def _pick(device: jax.Device, dtype: str, **shapes: int) -> str:
+  """The best implementation that can run; cached so that the log names it once."""
+  if device.platform == "tpu":
+    name, reason = "mosaic_tpu", _why_not("mosaic_tpu", dtype, **shapes)
+  elif device.platform == "gpu":
+    name = "mosaic_gpu"
+    capability = getattr(device, "compute_capability", "")
+    reason = (_why_not("mosaic_gpu", dtype, **shapes) if capability == "9.0" else
+              f"mosaic_gpu needs compute capability 9.0 (Hopper), this device has {capability}")
+  else:
+    name, reason = "reference", None
+  if reason:
+    logging.getLogger(__name__).warning("shared_prefix_attention runs as XLA reference: %s", reason)
     return "reference"
-  if implementation not in IMPLEMENTATIONS:
-    raise NotImplementedError(
-        f"shared_prefix_attention has no implementation {implementation!r}; it has {IMPLEMENTATIONS}")
-  return implementation
+  logging.getLogger(__name__).info("shared_prefix_attention runs as %s", name)
+  return name

@@ -1,6 +1,6 @@
 """Checks shared_prefix_attention against float64 on this device, then times it.
 
-  python -m pallas_kernels.shared_prefix_attention.bench [--check small|large|none] [--cases a,b]
+  python -m pallas_kernels.shared_prefix_attention.bench [--check small|none] [--cases a,b]
 
 Prints one line per case and at last one line of JSON. Beside each figure stands its limit:
 the streaming bandwidth (bytes of KV, each read once) or the matrix-product rate, both

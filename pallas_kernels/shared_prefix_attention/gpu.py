@@ -16,7 +16,10 @@ import jax.numpy as jnp
 from pallas_kernels.shared_prefix_attention import gpu_kernel
 from pallas_kernels.shared_prefix_attention import gpu_merge
 from pallas_kernels.shared_prefix_attention import gpu_schedule
-from pallas_kernels.shared_prefix_attention.gpu_schedule import Blocks, ROWS, Tiling
+from pallas_kernels.shared_prefix_attention.gpu_schedule import advance, Blocks, ROWS, Tiling
+
+__all__ = ("advance", "attend", "default_tiling", "make_schedule", "tuned", "why_not",
+           "why_not_on")
 
 HEAD_DIMS = (64, 80, 96, 128, 256)
 PAGE_SIZES = (16, 32, 64, 128, 256)
@@ -36,6 +39,16 @@ def why_not(*, head_dim: int, page_size: int, num_heads: int, num_kv_heads: int,
     return f"mosaic_gpu takes page sizes {PAGE_SIZES}, got {page_size}"
   if num_heads // num_kv_heads > ROWS:
     return f"mosaic_gpu takes up to {ROWS} query heads per KV head, got {num_heads // num_kv_heads}"
+  return None
+
+
+def why_not_on(device: jax.Device) -> str | None:
+  """The reason why these kernels cannot run on a device, or None."""
+  if device.platform != "gpu":
+    return f"mosaic_gpu needs a GPU, got {device.platform}"
+  if getattr(device, "compute_capability", None) != "9.0":
+    return ("mosaic_gpu multiplies with wgmma, which only compute capability 9.0 (Hopper) has, "
+            f"got {device.compute_capability} ({device.device_kind})")
   return None
 
 

@@ -95,7 +95,8 @@ def merge_parts(merge, part, lse, o_ref, merged_lse_ref, *, num_kv_heads: int, g
 
   params = {} if interpret is None else {"interpret": interpret}
   plgpu.kernel(
-      body, out_type=(), scratch_types=[plgpu.SMEM((_WARPGROUPS, width // head_dim, head_dim), dtype)],
+      body, out_type=(),
+      scratch_types=[plgpu.SMEM((_WARPGROUPS, width // head_dim, head_dim), dtype)],
       grid=(_CTAS * num_ctas,), grid_names=("cta",), num_threads=_WARPGROUPS, thread_name="wg",
       compiler_params=plgpu.CompilerParams(
           approx_math=True, lowering_semantics=plgpu.LoweringSemantics.Lane),

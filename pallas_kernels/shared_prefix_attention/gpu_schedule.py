@@ -145,7 +145,8 @@ def make_schedule(segments, page_indices: jax.Array, positions: jax.Array, tilin
   token_of, slots, lse_row = jax.lax.sort((token_of, slots, lse_row), num_keys=1)
   counts = jnp.zeros((num_tokens,), jnp.int32).at[token_of].add(1, mode="drop")
 
-  own_row = jnp.arange(num_items)[:, None] * ITEM_ROWS + _row(jnp.arange(tiling.wide_tokens), tiling)
+  own_row = jnp.arange(num_items)[:, None] * ITEM_ROWS
+  own_row += _row(jnp.arange(tiling.wide_tokens), tiling)
   direct_row = jnp.full((num_tokens,), -1, jnp.int32)
   direct_row = direct_row.at[jnp.where(inside & direct[:, None], token, num_tokens)].set(
       own_row.astype(jnp.int32), mode="drop")
@@ -259,7 +260,8 @@ def _split(tiles: jax.Array, is_wide: jax.Array, tiling: Tiling):
     count = jnp.sum(mine > 0)
     rest = count * heads % tiling.num_ctas
     few = cuts[:_SPLIT_FILL]
-    last_round = few[jnp.argmin(jnp.ceil(rest * few / tiling.num_ctas) / few * (1.0 + 0.01 * few))]
+    rounds = jnp.ceil(rest * few / tiling.num_ctas) / few * (1.0 + 0.01 * few)
+    last_round = few[jnp.argmin(rounds)]
     is_last = (count - jnp.cumsum(mine > 0)) * heads < rest
     is_last &= (best == 1) & (mine >= 4 * last_round) & (count * heads > tiling.num_ctas)
     parts += jnp.where(is_last, last_round, -(-mine // target))

@@ -86,7 +86,7 @@ def lay_out(spec: Spec, *, one_level: bool = False, seed: int = 0) -> Layout:
   page_indices, positions, filled = [], [], []
 
   def allocate(kv_len: int) -> list[int]:
-    """Pages for `kv_len` tokens; -1 based numbers are shuffled at the end."""
+    """Pages for `kv_len` tokens, numbered in order; they are shuffled at the end."""
     pages = []
     for begin in range(0, kv_len, spec.page_size):
       pages.append(len(filled))
@@ -202,13 +202,15 @@ SMALL = {s.name: s for s in (
     Spec("decode_page_256", (Row(300), Row(31)), 4, 2, 64, 256),
     Spec("decode_one_kv_head", (Row(70), Row(40)), 6, 1, 64, 32),
     Spec("speculative", (Row(40, 4), Row(9, 16), Row(64, 2)), 8, 2, 64, 16),
-    Spec("two_levels", (Node(48, rows(3, 10)), Node(16, rows(2, 30)), Row(12)), padding=1, **_small),
+    Spec("two_levels", (Node(48, rows(3, 10)), Node(16, rows(2, 30)), Row(12)), padding=1,
+         **_small),
     Spec("prefix_in_page", (Node(37, rows(2, 10)), Node(5, rows(2, 3))), **_small),
     Spec("four_levels", (_levels,), padding=3, **_small),
     Spec("many_rows", (Node(70, rows(40, 3)),), **_small),
     Spec("prefill", (Row(0, 150),), **_small),
     Spec("prefill_cached", (Node(33, (Row(20, 70), Row(0, 40))),), **_small),
-    Spec("mixed", (Node(30, (Row(10), Row(4, 3), Row(0, 50))), Row(0, 20), Row(90)), padding=5, **_small),
+    Spec("mixed", (Node(30, (Row(10), Row(4, 3), Row(0, 50))), Row(0, 20), Row(90)), padding=5,
+         **_small),
     Spec("window", (Node(80, (Row(10), Row(60, 20))), Row(0, 90)), window=33, **_small),
     Spec("soft_cap", (Node(20, (Row(30), Row(5, 4))),), soft_cap=2.0, **_small),
     Spec("split", (Row(1500), Row(900)), **_small),
@@ -232,7 +234,8 @@ LARGE = {s.name: s for s in (
     Spec("groups_64x16_2048", (Node(2048, rows(16, 127)),) * 64),
     Spec("prefill_8192", (Row(0, 8192),)),
     Spec("prefill_16x512_on_2048", (Row(2048, 512),) * 16),
-    Spec("mixed", (Node(2048, rows(16, 127) + rows(4, 0, 512)),) + (Node(2048, rows(16, 127)),) * 31),
+    Spec("mixed", (Node(2048, rows(16, 127) + rows(4, 0, 512)),)
+         + (Node(2048, rows(16, 127)),) * 31),
     Spec("mixed_decode", (Node(2048, rows(16, 127)),) * 32),
     Spec("mixed_chunks", (Node(2048, rows(4, 0, 512)),)),
 )}

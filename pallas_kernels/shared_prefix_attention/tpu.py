@@ -54,6 +54,11 @@ def generation_of(device_kind: str) -> str:
   return GENERATIONS[device_kind]
 
 
+def _target_kind() -> str:
+  target = jax.sharding.get_abstract_mesh().abstract_device
+  return (target or jax.devices()[0]).device_kind
+
+
 def default_tiling(*, num_tokens: int, page_size: int, num_heads: int, num_kv_heads: int,
                    head_dim: int, generation: str, dtype=jnp.bfloat16) -> Tiling:
   """Block sizes for a shape, from the table of a generation.
@@ -66,8 +71,11 @@ def default_tiling(*, num_tokens: int, page_size: int, num_heads: int, num_kv_he
   cores = table["cores"] if num_kv_heads % table["cores"] == 0 else 1
   kv_heads, group = num_kv_heads // cores, num_heads // num_kv_heads
   width = head_dim if head_dim % LANES == 0 else 2 * head_dim
-  # Few KV heads make small pages: more tokens per unit keep the scalar work per byte low.
-  row_kv = min(sizes["row_kv"] * max(1, 8 // kv_heads), sizes["max_row_kv"])
+  # Few or narrow KV heads make small pages: more tokens per unit keep the cycles per byte low.
+  token_lanes = kv_heads * -(-2 * head_dim // LANES) * LANES
+  row_kv = sizes["row_kv"]
+  while row_kv < sizes["max_row_kv"] and 2 * row_kv * token_lanes <= sizes["row_unit_lanes"]:
+    row_kv *= 2
   q = sizes["q_rows"] // (kv_heads * group) // _TOKEN_ALIGN * _TOKEN_ALIGN
   q = min(max(q, _TOKEN_ALIGN), -(-num_tokens // _TOKEN_ALIGN) * _TOKEN_ALIGN)
   heads = max(n for n in range(1, min(kv_heads, sizes["heads"]) + 1) if kv_heads % n == 0)
@@ -107,7 +115,8 @@ def make_schedule(segments, page_indices: jax.Array, positions: jax.Array, *, pa
     page_size, num_heads, num_kv_heads, head_dim: shapes that `attend` will get.
     dtype: the wider one of q and KV.
     max_levels: the most segments that hold one token; bounds the work list.
-    generation: whose block sizes to take; that of the default device where None.
+    generation: whose block sizes to take; where None that of the mesh in context, if it names
+      an abstract device (to compile for a TPU that is not there), else of the default device.
     tiling: block sizes; the tuned ones where None.
 
   Raises:
@@ -120,7 +129,7 @@ def make_schedule(segments, page_indices: jax.Array, positions: jax.Array, *, pa
     tiling = default_tiling(
         num_tokens=positions.shape[0], page_size=page_size, num_heads=num_heads,
         num_kv_heads=num_kv_heads, head_dim=head_dim, dtype=dtype,
-        generation=generation or generation_of(jax.devices()[0].device_kind))
+        generation=generation or generation_of(_target_kind()))
   return tpu_schedule.make_schedule(segments, page_indices, positions, tiling,
                                     page_size=page_size, max_levels=max_levels)
 

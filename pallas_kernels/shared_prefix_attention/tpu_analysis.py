@@ -11,6 +11,7 @@ import typing
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.shared_prefix_attention import Segments
 from pallas_kernels.shared_prefix_attention import tpu
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
@@ -82,7 +83,7 @@ def analyze(generation: str, device, folder: pathlib.Path, *, num_heads: int, nu
         num_kv_heads=num_kv_heads, head_dim=head_dim, tiling=tiling)
     return tpu.attend(q, kv_pages, schedule, scale=head_dim ** -0.5)
 
-  from pallas_kernels.shared_prefix_attention import Segments
+
   jax.jit(step).lower(
       Segments(*(ints(num_tokens),) * 5), ints(64 * num_tokens), ints(num_tokens),
       array(jnp.bfloat16, num_tokens, num_heads, head_dim),

@@ -406,7 +406,8 @@ def _kernel(table, units, pages_hbm, kv_hbm, positions, q_rows, q_tiles, o_ref, 
     total = jnp.broadcast_to(total.sum(axis=-1, keepdims=True), total.shape)
     some = total > 0.0
     total = jnp.where(some, total, 1.0)
-    return jnp.where(some, top * (to_log2 / _LOG2_E) + jnp.log(total), _FLOOR), acc * _lanes(1.0 / total, width)
+    lse = jnp.where(some, top * (to_log2 / _LOG2_E) + jnp.log(total), _FLOOR)
+    return lse, acc * _lanes(1.0 / total, width)
 
   def of_rows(at):
     return normalize(*(x[at] for x in row_state))

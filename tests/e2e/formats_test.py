@@ -190,7 +190,7 @@ def _rounded(value):
 
 @pytest.fixture(scope="module")
 def cut_outputs(tmp_path_factory, config, outputs):
-  """"whole" with stop strings out of its own text, and rows that leave settings to defaults."""
+  """Row "whole" with stop strings out of its own text, and rows that leave all to defaults."""
   whole = outputs["whole"]["text"]
   assert len(whole) > 12
   rows = [ROWS[[row.get("id") for row in ROWS].index("whole")] | {"id": name, "stop": stop}

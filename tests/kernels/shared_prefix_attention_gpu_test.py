@@ -35,7 +35,8 @@ def arrays(layout):
 
 
 def schedule_of(spec, layout, num_ctas=3):
-  make = functools.partial(gpu_schedule.make_schedule, tiling=tiling_of(spec, num_ctas), max_levels=4)
+  make = functools.partial(gpu_schedule.make_schedule, tiling=tiling_of(spec, num_ctas),
+                           max_levels=4)
   return jax.jit(make)(*arrays(layout))
 
 
@@ -71,7 +72,8 @@ def test_items_hold_every_visible_pair_once(name):
   spec = specs.SMALL[name]
   layout = specs.lay_out(spec)
   schedule = schedule_of(spec, layout)
-  assert pairs_of_items(schedule, layout, spec.page_size) == pairs_of_segments(layout, spec.page_size)
+  expected = pairs_of_segments(layout, spec.page_size)
+  assert pairs_of_items(schedule, layout, spec.page_size) == expected
 
   # Kinds are apart, each by falling cost, and the positions of an item are its tokens'.
   items, ranges = np.asarray(schedule.items), np.asarray(schedule.ranges)
@@ -79,7 +81,8 @@ def test_items_hold_every_visible_pair_once(name):
   assert ranges[:, 1].sum() == (items[:, NUM_TOKENS] > 0).sum()
   for (first, num), blocks in zip(ranges, (schedule.tiling.narrow, schedule.tiling.wide)):
     mine = items[first:first + num]
-    assert (mine[:, NUM_TOKENS] <= blocks.warpgroups // blocks.kv_sets * schedule.tiling.tokens).all()
+    most = blocks.warpgroups // blocks.kv_sets * schedule.tiling.tokens
+    assert (mine[:, NUM_TOKENS] <= most).all()
     end = np.minimum(mine[:, KV_END], mine[:, HIGH] + 1 - mine[:, KV_START])
     cost = -(-(end - mine[:, KV_BEGIN]) // blocks.kv)
     assert (np.diff(cost) <= 0).all() and (cost > 0).all()
@@ -121,7 +124,7 @@ def test_long_rows_are_split_until_the_card_is_full():
 
 
 def test_last_round_is_split_when_it_is_short():
-  rows = specs.rows(10, 2000)  # 10 rows, 2 KV heads, 8 CTAs: 20 works, the last round of 4
+  rows = specs.rows(10, 2000)  # 10 works on 4 CTAs: the last round of 2 is cut in halves
   spec = specs.Spec("tail", rows, 3, 1, 64, 64)
   layout = specs.lay_out(spec)
   schedule = schedule_of(spec, layout, num_ctas=4)
@@ -151,6 +154,7 @@ def test_unsupported_cases_say_why():
   for change, word in ((dict(q_dtype=jnp.float32), "float32"), (dict(head_dim=72), "72"),
                        (dict(page_size=24), "24"), (dict(num_heads=130), "65")):
     assert word in gpu.why_not(**(shapes | change))
+  assert "needs a GPU" in gpu.why_not_on(jax.devices("cpu")[0])
   layout = specs.lay_out(specs.SMALL["decode_own"])
   with pytest.raises(NotImplementedError, match="page sizes"):
     gpu.make_schedule(*arrays(layout), page_size=24, num_heads=4, num_kv_heads=2, head_dim=64)

@@ -123,7 +123,8 @@ def test_long_prefix_needs_no_score_matrix():
   segments = spa.Segments(*(jnp.array([x], jnp.int32) for x in (0, num_tokens, 0, kv_len, 0)))
 
   def run(q, kv, positions):
-    schedule = spa.make_schedule(segments, jnp.arange(pages), positions, page_size=page_size)
+    schedule = spa.make_schedule(segments, jnp.arange(pages), positions, page_size=page_size,
+                                 num_heads=2, num_kv_heads=1, head_dim=16, dtype="float32")
     return spa.shared_prefix_attention(q, kv, schedule, scale=1.0)
 
   compiled = jax.jit(run).lower(jax.ShapeDtypeStruct((num_tokens, 2, 16), jnp.float32),
@@ -136,10 +137,16 @@ def test_long_prefix_needs_no_score_matrix():
 def test_bad_arguments_are_named():
   q, kv = jnp.zeros((4, 4, 8)), jnp.zeros((2, 2, 4, 16))
   segments = spa.Segments(*(jnp.zeros(1, jnp.int32) for _ in range(5)))
-  schedule = spa.make_schedule(segments, jnp.zeros(1, jnp.int32), jnp.zeros(4, jnp.int32), page_size=4)
+  make = functools.partial(spa.make_schedule, segments, jnp.zeros(1, jnp.int32),
+                           jnp.zeros(4, jnp.int32), page_size=4, num_heads=4, num_kv_heads=2,
+                           head_dim=8, dtype="float32")
+  schedule = make()
+  assert schedule.implementation == "reference"
   with pytest.raises(ValueError, match="kv_pages"):
     spa.shared_prefix_attention(q, kv[..., :8], schedule, scale=1.0)
   with pytest.raises(ValueError, match="KV heads"):
     spa.shared_prefix_attention(q[:, :3], kv, schedule, scale=1.0)
-  with pytest.raises(NotImplementedError, match="cudnn"):
-    spa.shared_prefix_attention(q, kv, schedule, scale=1.0, implementation="cudnn")
+  with pytest.raises(NotImplementedError, match="cudnn.*mosaic_gpu"):
+    make(implementation="cudnn")
+  with pytest.raises(NotImplementedError, match="page sizes"):
+    make(implementation="mosaic_tpu")
