@@ -161,9 +161,7 @@ def _pick(device: jax.Device, dtype: str, **shapes: int) -> str:
     name, reason = "mosaic_tpu", _why_not("mosaic_tpu", dtype, **shapes)
   elif device.platform == "gpu":
     name = "mosaic_gpu"
-    capability = getattr(device, "compute_capability", "")
-    reason = (_why_not("mosaic_gpu", dtype, **shapes) if capability == "9.0" else
-              f"mosaic_gpu needs compute capability 9.0 (Hopper), this device has {capability}")
+    reason = _module(name).why_not_on(device) or _why_not(name, dtype, **shapes)
   else:
     name, reason = "reference", None
   if reason:
