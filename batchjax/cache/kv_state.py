@@ -3,9 +3,8 @@
 from typing import Any
 
 import flax.struct
-import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from batchjax.config import ModelConfig
 
@@ -37,28 +36,3 @@ def init_kv_state(config: ModelConfig, num_pages: int, page_size: int) -> KVStat
   """An empty pool of `num_pages` pages of `page_size` tokens, in the model's dtype."""
   shape = (num_pages, config.num_kv_heads, page_size, 2 * config.head_dim)
   return KVState(tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers)))
-
-
-def write_kv(kv_pages: Float[Array, "A K page kv_dim"], k: Float[Array, "T K H"],
-             v: Float[Array, "T K H"],
-             write_slots: Int[Array, "T"]) -> Float[Array, "A K page kv_dim"]:
-  """Writes the keys and values of a step into one layer's pool.
-
-  In place when `kv_pages` is donated.
-
-  Args:
-    kv_pages: the pool.
-    k: rotated keys.
-    v: values.
-    write_slots: page * page_size + offset of each token; -1 drops it. Slots
-      other than -1 differ from one another.
-  """
-  num_pages, _, page_size, _ = kv_pages.shape
-  # Dropped tokens point behind the pool, each at a page of its own: the indices
-  # are then unique, which spares the scatter its atomics on GPU.
-  behind = num_pages + jnp.arange(write_slots.shape[0], dtype=jnp.int32)
-  page = jnp.where(write_slots < 0, behind, write_slots // page_size)
-  with jax.named_scope("write_kv"):
-    kv = jnp.concatenate([k, v], axis=-1).astype(kv_pages.dtype)
-    return kv_pages.at[page, :, write_slots % page_size].set(
-        kv, mode="drop", unique_indices=True)

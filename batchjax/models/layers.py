@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int
 
-from batchjax.cache import kv_state
 from batchjax.config import ModelConfig, RopeScaling
 from batchjax.ops import attention as attention_op
 
@@ -115,7 +114,7 @@ class Attention(nn.Module):
       q, k = norm("q_norm")(q), norm("k_norm")(k)
     q, k = rotate(q, *rope), rotate(k, *rope)
 
-    kv_pages = kv_state.write_kv(kv_pages, k, v, write_slots)
+    kv_pages = attention_op.write_kv(kv_pages, k, v, write_slots, schedule)
     o = attention_op.shared_prefix_attention(
         q.reshape(-1, c.num_heads, c.head_dim), kv_pages, schedule,
         scale=c.head_dim ** -0.5 if c.query_scale is None else c.query_scale,

@@ -58,3 +58,17 @@ def shared_prefix_attention(q: Float[Array, "T Q H"], kv_pages: Float[Array, "A 
   with jax.named_scope("shared_prefix_attention"):
     return kernel.shared_prefix_attention(q, kv_pages, schedule, scale=scale, window=window,
                                           soft_cap=soft_cap)
+
+
+def write_kv(kv_pages: Float[Array, "A K page kv_dim"], k: Float[Array, "T K H"],
+             v: Float[Array, "T K H"], write_slots: Int[Array, "T"],
+             schedule: Schedule) -> Float[Array, "A K page kv_dim"]:
+  """Writes the keys and values of a step into one layer's pool, in place when it is donated.
+
+  Args:
+    kv_pages: the pool.
+    k, v: keys (rotated) and values.
+    write_slots: page * page_size + offset of each token; -1 drops it.
+    schedule: of the step; it settled the implementation.
+  """
+  return kernel.write_kv(kv_pages, k, v, write_slots, implementation=schedule.implementation)

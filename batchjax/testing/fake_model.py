@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from batchjax.cache.kv_state import KVState, write_kv
+from batchjax.cache.kv_state import KVState
 from batchjax.config import ModelConfig
 from batchjax.types import StepInputs
 
@@ -51,9 +51,11 @@ class FakeModel:
 
   def _forward(self, inputs: StepInputs, kv: KVState) -> tuple[jax.Array, KVState]:
     number = lambda x: x.astype(jnp.float32)[:, None, None]
-    pages = write_kv(kv.pages[0], number(inputs.tokens), number(inputs.positions),
-                     inputs.write_slots)
-    segments, page_size = inputs.segments, self.page_size
+    page_size = self.page_size
+    slots = jnp.where(inputs.write_slots < 0, kv.pages[0].shape[0] * page_size, inputs.write_slots)
+    new = jnp.concatenate([number(inputs.tokens), number(inputs.positions)], axis=-1)
+    pages = kv.pages[0].at[slots // page_size, :, slots % page_size].set(new, mode="drop")
+    segments = inputs.segments
     token = jnp.arange(inputs.tokens.shape[0])
 
     def add_segment(i, total):

@@ -140,6 +140,25 @@ def shared_prefix_attention(q: jax.Array, kv_pages: jax.Array, schedule: Schedul
   return (o, lse) if return_lse else o
 
 
+def write_kv(kv_pages: jax.Array, k: jax.Array, v: jax.Array, write_slots: jax.Array, *,
+             implementation: str = "reference", interpret: Any = None) -> jax.Array:
+  """Writes the keys and values of a step into one layer's pool, in place when it is donated.
+
+  Args:
+    kv_pages: [A, K, page_size, 2 * H].
+    k, v: [T, K, H], keys rotated.
+    write_slots: i32[T], page * page_size + offset of each token; -1 drops it. Slots other than
+      -1 differ, and those of one page stand side by side on the flat axis.
+    implementation: `Schedule.implementation` of the step. XLA's scatter is in place on CPU and
+      GPU; on TPU it copies the pool, so "mosaic_tpu" has a kernel.
+    interpret: interpreter parameters, for tests on the CPU.
+  """
+  if implementation == "mosaic_tpu":
+    from pallas_kernels.shared_prefix_attention import tpu_write  # as `_module`: only when needed
+    return tpu_write.write_kv(kv_pages, k, v, write_slots, interpret=interpret or False)
+  return reference.write_kv(kv_pages, k, v, write_slots)
+
+
 def _module(name: str):
   """The module of an implementation; the Mosaic ones are imported when first needed."""
   return importlib.import_module(f"{__name__}.{_MODULES[name]}")

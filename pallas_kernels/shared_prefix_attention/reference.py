@@ -198,3 +198,17 @@ def attend(q: jax.Array, kv_pages: jax.Array, schedule: Schedule, *, scale: floa
   o = acc / jnp.where(total == 0.0, 1.0, total)[..., None]
   lse = top + jnp.log(jnp.where(total == 0.0, 1.0, total))
   return o.reshape(num_tokens, num_heads, head_dim), lse.reshape(num_tokens, num_heads)
+
+
+def write_kv(kv_pages: jax.Array, k: jax.Array, v: jax.Array,
+             write_slots: jax.Array) -> jax.Array:
+  """See `shared_prefix_attention.write_kv`: one XLA scatter."""
+  num_pages, _, page_size, _ = kv_pages.shape
+  # Dropped tokens point behind the pool, each at a page of its own: the indices
+  # are then unique, which spares the scatter its atomics on GPU.
+  behind = num_pages + jnp.arange(write_slots.shape[0], dtype=jnp.int32)
+  page = jnp.where(write_slots < 0, behind, write_slots // page_size)
+  with jax.named_scope("write_kv"):
+    kv = jnp.concatenate([k, v], axis=-1).astype(kv_pages.dtype)
+    return kv_pages.at[page, :, write_slots % page_size].set(
+        kv, mode="drop", unique_indices=True)

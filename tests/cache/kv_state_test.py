@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from batchjax import models
-from batchjax.cache.kv_state import KV_AXES, init_kv_state, write_kv
+from batchjax.cache.kv_state import KV_AXES, init_kv_state
+from pallas_kernels.shared_prefix_attention import write_kv
 
 NUM_PAGES, PAGE_SIZE, HEADS, HEAD_DIM = 16, 4, 2, 8
 
