@@ -85,12 +85,7 @@ def decode_loop(module: Any, features: SamplingFeatures, max_steps: int, params:
     Outputs with -1 tokens for steps that a row did not take, and the next state.
   """
   page_size = state.kv.page_size
-  first = jax.eval_shape(
-      lambda s, i: _advance(module, features, params, stop_transitions, s, i)[1], state, inputs)
-  filled = {name: -1 if name == "tokens" else 0 for name in StepOutputs._fields}
-  buffers = StepOutputs(*(
-      None if x is None else jnp.full((max_steps, *x.shape), filled[name], x.dtype)
-      for name, x in zip(StepOutputs._fields, first)))
+  buffers = _empty_outputs(max_steps, inputs.slots.shape[0], features)
 
   def go_on(carry):
     step, state, inputs, _ = carry
@@ -105,6 +100,17 @@ def decode_loop(module: Any, features: SamplingFeatures, max_steps: int, params:
 
   _, state, _, buffers = jax.lax.while_loop(go_on, body, (0, state, inputs, buffers))
   return buffers, state
+
+
+def _empty_outputs(max_steps: int, num_rows: int, features: SamplingFeatures) -> StepOutputs:
+  """Outputs of a decode loop whose rows have drawn nothing."""
+  num_top = features.num_top_logprobs
+  zeros = lambda dtype, *width: jnp.zeros((max_steps, num_rows, *width), dtype)
+  return StepOutputs(
+      tokens=jnp.full((max_steps, num_rows), -1, jnp.int32), finish=zeros(jnp.int8),
+      logprobs=zeros(jnp.float32) if features.logprobs else None,
+      top_token_ids=zeros(jnp.int32, num_top) if num_top else None,
+      top_logprobs=zeros(jnp.float32, num_top) if num_top else None)
 
 
 def _next_inputs(inputs: StepInputs, done: Bool[Array, "slots"], page_size: int) -> StepInputs:

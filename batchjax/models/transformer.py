@@ -102,6 +102,6 @@ def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:
       segments=Segments(*(zero for _ in Segments._fields)),
       page_indices=zero, sample_tokens=null, slots=null, own_segments=null,
       is_first=null, stop_states=null, num_generated=null, sampling=None)
-  init = lambda key: Transformer(config, page_size=1).init(
+  init = lambda key: Transformer(config, page_size=1, attention="reference").init(
       key, inputs, init_kv_state(config, num_pages=1, page_size=1))["params"]
   return jax.jit(init)(key)

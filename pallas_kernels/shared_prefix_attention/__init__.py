@@ -98,8 +98,9 @@ def make_schedule(segments: Segments, page_indices: jax.Array, positions: jax.Ar
     reason = _why_not(name, jnp.dtype(dtype).name, **shapes)
     if reason:
       raise NotImplementedError(reason)
+    options = {"dtype": dtype} if name == "mosaic_tpu" else {}  # VMEM sizes depend on it
     work = _module(name).make_schedule(segments, page_indices, positions,
-                                       max_levels=max_segments, **shapes)
+                                       max_levels=max_segments, **shapes, **options)
   return Schedule(Implementation(name), work)
 
 
@@ -132,12 +133,17 @@ def shared_prefix_attention(q: jax.Array, kv_pages: jax.Array, schedule: Schedul
         f"q {q.shape} needs kv_pages [A, K, page_size, {2 * q.shape[-1]}], got {kv_pages.shape}")
   if q.shape[1] % kv_pages.shape[1]:
     raise ValueError(f"{q.shape[1]} query heads do not divide over {kv_pages.shape[1]} KV heads")
-  options = {} if schedule.implementation == "reference" or not interpret else {
-      "interpret": interpret}
+  o, lse = _attend(q, kv_pages, schedule, float(scale), window, soft_cap, interpret)
+  return (o, lse) if return_lse else o
+
+
+@functools.partial(jax.jit, static_argnums=(3, 4, 5, 6))
+def _attend(q, kv_pages, schedule, scale, window, soft_cap, interpret):
+  """Jitted so that the layers of a model share one trace and one lowering."""
+  options = {"interpret": interpret} if interpret else {}
   o, lse = _module(schedule.implementation).attend(
       q, kv_pages, schedule.work, scale=scale, window=window, soft_cap=soft_cap, **options)
-  o = o.astype(q.dtype)
-  return (o, lse) if return_lse else o
+  return o.astype(q.dtype), lse
 
 
 def write_kv(kv_pages: jax.Array, k: jax.Array, v: jax.Array, write_slots: jax.Array, *,

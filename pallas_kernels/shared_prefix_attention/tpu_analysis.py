@@ -4,18 +4,20 @@ The production TPU compiler runs without a TPU and writes the final bundles of a
 bundle is one cycle when nothing stalls; DMA waits are not in it. Nothing here ran on a TPU.
 """
 
+import os
 import pathlib
 import re
 import typing
 
 import jax
+from jax.experimental import topologies
 import jax.numpy as jnp
 
 from pallas_kernels.shared_prefix_attention import Segments
 from pallas_kernels.shared_prefix_attention import tpu
 
 TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
-# For the environment of the process, before the compiler is loaded.
+# Keeps the compiler from looking for a TPU or for other processes that use one.
 ENVIRONMENT = dict(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1",
                    TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-4")
 
@@ -57,6 +59,19 @@ class Report(typing.NamedTuple):
   dma_cycles: float
 
 
+def absent_device(generation: str):
+  """A device of a generation to compile for; loads the compiler."""
+  os.environ.update(ENVIRONMENT)
+  return topologies.get_topology_desc(
+      platform="tpu", topology_name=TOPOLOGIES[generation]).devices[0]
+
+
+def on_device(device, x) -> jax.ShapeDtypeStruct:
+  """The shape and dtype of `x`, placed on a device that may not be there."""
+  return jax.ShapeDtypeStruct(x.shape, x.dtype,
+                              sharding=jax.sharding.SingleDeviceSharding(device))
+
+
 def dump_flags(folder: str) -> str:
   """LIBTPU_INIT_ARGS that write the bundles of every kernel into a folder."""
   return f"--xla_jf_dump_to={folder} --xla_jf_dump_llo_text=true"
@@ -71,8 +86,7 @@ def analyze(generation: str, device, folder: pathlib.Path, *, num_heads: int, nu
     device: of a topology description.
     folder: where `dump_flags` points; must hold no other dump of this kernel.
   """
-  sharding = jax.sharding.SingleDeviceSharding(device)
-  array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+  array = lambda dtype, *shape: on_device(device, jax.ShapeDtypeStruct(shape, dtype))
   ints = lambda *shape: array(jnp.int32, *shape)
   tiling = tpu.default_tiling(num_tokens=num_tokens, page_size=page_size, num_heads=num_heads,
                               num_kv_heads=num_kv_heads, head_dim=head_dim, generation=generation)
@@ -100,6 +114,17 @@ def analyze(generation: str, device, folder: pathlib.Path, *, num_heads: int, nu
   return Report(tiling, *loops,
                 tile_cycles=flops / (table["bf16_flops"] / table["cores"] / clock),
                 dma_cycles=step_bytes / table["hbm_bytes_per_sec"] * clock)
+
+
+def to_text(report: Report) -> str:
+  """A line for the block sizes, the tile loop and the row step."""
+  lines = [str(report.tiling)]
+  for name, limit, cycles in (("tile", "MXU", report.tile_cycles),
+                              ("rows", "DMA", report.dma_cycles)):
+    bundles, *slots = getattr(report, name)
+    full = ", ".join(f"{unit} {share:.0%}" for unit, share in zip(Loop._fields[1:], slots))
+    lines.append(f"{name}: {bundles} bundles, {limit} needs {cycles:.0f} cycles; full: {full}")
+  return "\n".join(lines)
 
 
 def read_loops(folder: pathlib.Path) -> list[Loop]:

@@ -35,8 +35,7 @@ def write_kv(kv_pages: jax.Array, k: jax.Array, v: jax.Array, write_slots: jax.A
   Returns:
     The pool, in the buffer of `kv_pages`.
   """
-  num_tokens, page_size = write_slots.shape[0], kv_pages.shape[2]
-  num_kv_heads, width = kv_pages.shape[1], kv_pages.shape[3]
+  num_tokens, (_, num_kv_heads, page_size, width) = write_slots.shape[0], kv_pages.shape
   block = min(_BLOCK, num_tokens)
   num_blocks = -(-num_tokens // block)
   padding = num_blocks * block - num_tokens
@@ -56,19 +55,18 @@ def write_kv(kv_pages: jax.Array, k: jax.Array, v: jax.Array, write_slots: jax.A
 
   scratch = [pltpu.VMEM((2 * _AHEAD, num_kv_heads, _ROWS, width), kv_pages.dtype),
              pltpu.SemaphoreType.DMA((2 * _AHEAD,)), pltpu.SemaphoreType.DMA((2 * _AHEAD,))]
-  hbm_spec = pl.BlockSpec(memory_space=pltpu.HBM)
+  hbm = pl.BlockSpec(memory_space=pltpu.HBM)
   return pl.pallas_call(
       functools.partial(_kernel, block=block, page_size=page_size),
       out_shape=jax.ShapeDtypeStruct(kv_pages.shape, kv_pages.dtype),
       grid_spec=pltpu.PrefetchScalarGridSpec(
           num_scalar_prefetch=4, grid=(num_blocks,),
-          in_specs=[pl.BlockSpec((block, num_kv_heads, width), lambda b, *_: (b, 0, 0)), hbm_spec],
-          out_specs=hbm_spec, scratch_shapes=scratch),
+          in_specs=[pl.BlockSpec((block, num_kv_heads, width), lambda b, *_: (b, 0, 0)), hbm],
+          out_specs=hbm, scratch_shapes=scratch),
       input_output_aliases={5: 0},
       compiler_params=pltpu.CompilerParams(dimension_semantics=("arbitrary",),
                                            disable_bounds_checks=True),
-      interpret=interpret,
-      name="write_kv",
+      interpret=interpret, name="write_kv",
   )(slots, starts, lengths, firsts.astype(jnp.int32), new, kv_pages)
 
 

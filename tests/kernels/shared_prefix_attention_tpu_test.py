@@ -3,10 +3,8 @@
 import dataclasses
 import functools
 import importlib.util
-import os
 
 import jax
-from jax.experimental import topologies
 from jax.experimental.pallas import tpu as pltpu
 import jax.numpy as jnp
 import numpy as np
@@ -15,6 +13,7 @@ import pytest
 from pallas_kernels.shared_prefix_attention import Segments
 from pallas_kernels.shared_prefix_attention import specs
 from pallas_kernels.shared_prefix_attention import tpu
+from pallas_kernels.shared_prefix_attention import tpu_analysis
 from pallas_kernels.shared_prefix_attention import tpu_schedule
 from pallas_kernels.shared_prefix_attention import tpu_write
 from pallas_kernels.shared_prefix_attention.specs import Node, Row, Spec
@@ -188,27 +187,31 @@ def test_what_it_cannot_do_is_an_error():
     tpu.attend(q, kv.astype(jnp.float16), schedule, scale=1.0)
 
 
+def test_reads_the_loops_that_use_the_mxu(tmp_path):
+  stem = "17-shared_prefix_attention.1-"
+  (tmp_path / f"{stem}72-final_bundles.txt").write_text(
+      "LB: loop body\n     0   :  { %a }\n   0x1 LB: > { %b }\n   0x2   : > { %c }\n"
+      "   0x3 PF: { %d }\n")
+  (tmp_path / f"{stem}70-final_hlo-static-per-bundle-utilization.txt").write_text(
+      "== CAPACITY:\nMXU, VALU, VLOAD, VSTORE\n    2     4     3     1\n== UTILIZATION:\n"
+      "0 4 0 0\n1 4 0 1\n2 0 3 0\n0 0 0 1\n")
+  assert tpu_analysis.read_loops(tmp_path) == [
+      tpu_analysis.Loop(bundles=2, mxu=0.75, valu=0.5, vld=0.5, vst=0.5)]
+
+
 # --- the production compiler; nothing runs ---
 
 needs_compiler = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
                                     reason="libtpu, the TPU compiler, is not installed")
-TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2", "tpu7x": "tpu7x:2x2x1"}
-
-
-@functools.cache
-def device_of(generation: str):
-  os.environ.update(TPU_SKIP_MDS_QUERY="1", ALLOW_MULTIPLE_LIBTPU_LOAD="1",
-                    TPU_WORKER_HOSTNAMES="localhost", TPU_ACCELERATOR_TYPE="v5litepod-4")
-  return topologies.get_topology_desc(
-      platform="tpu", topology_name=TOPOLOGIES[generation]).devices[0]
+TOPOLOGIES = tpu_analysis.TOPOLOGIES
 
 
 def compile_step(generation, *, num_tokens=256, num_segments=256, num_indices=4096, num_heads=32,
                  num_kv_heads=8, head_dim=128, page_size=64, num_pages=512, dtype=jnp.bfloat16,
                  **options):
   """Compiles a KV write and an attention on the donated pool for a device that is not there."""
-  sharding = jax.sharding.SingleDeviceSharding(device_of(generation))
-  array = lambda dtype, *shape: jax.ShapeDtypeStruct(shape, dtype, sharding=sharding)
+  device = tpu_analysis.absent_device(generation)
+  array = lambda dtype, *shape: tpu_analysis.on_device(device, jax.ShapeDtypeStruct(shape, dtype))
   ints = functools.partial(array, jnp.int32)
 
   def step(kv_pages, segments, page_indices, positions, q, k, v, slots):

@@ -1,0 +1,6 @@
+"""Every test runs on the CPU; a TPU compiler that is installed must not look for a TPU."""
+
+import os
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
