@@ -127,7 +127,7 @@ class SamplingTable:
     return SamplingInputs(*(field[slots] for field in self.rows))
 
 
-def pack_sampling(params: Sequence[SamplingParams], sample_indices: Sequence[int],
+def pack_sampling(params: Sequence[SamplingParams], sample_indices: Sequence[int] | np.ndarray,
                   features: SamplingFeatures, eos_token_ids: Sequence[int],
                   stop_table: StopTable | None, num_rows: int) -> SamplingInputs:
   """Packs rows at once, padded to `num_rows`; a running engine keeps a SamplingTable instead.

@@ -104,7 +104,7 @@ def decode_loop(module: Any, features: SamplingFeatures, max_steps: int, params:
 
 def _empty_outputs(max_steps: int, num_rows: int, features: SamplingFeatures) -> StepOutputs:
   """Outputs of a decode loop whose rows have drawn nothing."""
-  num_top = features.num_top_logprobs
+  num_top = features.num_top_logprobs if features.logprobs else 0
   zeros = lambda dtype, *width: jnp.zeros((max_steps, num_rows, *width), dtype)
   return StepOutputs(
       tokens=jnp.full((max_steps, num_rows), -1, jnp.int32), finish=zeros(jnp.int8),

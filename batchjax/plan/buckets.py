@@ -8,8 +8,8 @@ import numpy as np
 
 
 def solve_buckets(
-    sizes: Num[np.ndarray, "n"],
-    counts: Num[np.ndarray, "n"],
+    sizes: Num[np.ndarray, "n"] | Sequence[int],
+    counts: Num[np.ndarray, "n"] | Sequence[float],
     *,
     max_buckets: int,
     limit: int,

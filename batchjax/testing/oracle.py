@@ -165,7 +165,7 @@ def make_draw_fn(eos_token_ids: Sequence[int]) -> DrawFn:
   return draw_fn
 
 
-def _padded(tokens: Sequence[int]) -> np.ndarray:
+def _padded(tokens: Sequence[int] | np.ndarray) -> np.ndarray:
   """Padded with -1 to one of few lengths."""
   padded = np.full(-(-max(len(tokens), 1) // 128) * 128, -1, np.int32)
   padded[:len(tokens)] = tokens

@@ -47,6 +47,6 @@ def _moments(config: ModelConfig, path: str) -> tuple[float, float]:
   raise ValueError(f"no scale is known for the parameter {path}")
 
 
-def _draw(key: jax.Array, mean: float, std: float, shape: tuple[int, ...],
-          dtype: str) -> jax.Array:
+def _draw(key: jax.Array, mean: jax.typing.ArrayLike, std: jax.typing.ArrayLike,
+          shape: tuple[int, ...], dtype: str) -> jax.Array:
   return (mean + std * jax.random.normal(key, shape)).astype(jnp.dtype(dtype))
