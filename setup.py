@@ -2,7 +2,8 @@
 
 import setuptools
 
-_TEST = ["pytest>=8", "hypothesis>=6", "jaxtyping>=0.3", "beartype>=0.20"]
+# jax[tpu] brings libtpu, whose compiler needs no TPU.
+_TEST = ["pytest>=8", "hypothesis>=6", "jaxtyping>=0.3", "beartype>=0.20", "jax[tpu]"]
 
 setuptools.setup(
     name="batchjax",
