@@ -78,10 +78,10 @@ def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = E
   table = SamplingTable(max_rows, features, config.eos_token_ids, stop_table)
   transitions = None if stop_table is None else jax.device_put(stop_table.transitions)
   state = compile_lib.init_state(config, engine, plan.num_pages, max_rows, features)
+  module = module_class(config, engine.page_size, engine.attention, engine.max_levels)
   steps = compile_lib.compile_steps(
-      module_class(config, engine.page_size, engine.attention, engine.max_levels), model.params, state, buckets,
-      features, table, transitions, max_decode_steps=engine.max_decode_steps,
-      max_len=config.max_len)
+      module, model.params, state, buckets, features, table, transitions,
+      max_decode_steps=engine.max_decode_steps, max_len=config.max_len)
   for record in steps.records:
     observe(record)
 
@@ -96,7 +96,8 @@ def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = E
     inputs = pack(batch, bucket, table, page_size=engine.page_size,
                   prompt_logprobs=features.prompt_logprobs)
     count = (np.int32(batch.num_steps),) if batch.kind == "decode" else ()
-    return bucket, *steps[bucket](model.params, transitions, state, *jax.device_put((inputs, *count)))
+    arguments = jax.device_put((inputs, *count))
+    return bucket, *steps[bucket](model.params, transitions, state, *arguments)
 
   while window:
     observe(plan)

@@ -33,8 +33,8 @@ def plan_file(config: JobConfig, input_path: str, directory: pathlib.Path, chip:
   windows, engine = [], config.engine
   with RequestReader(directory / "requests.arrow") as requests:
     buckets = None
-    for first in range(0, len(requests), engine.plan_window):
-      window = requests[first:first + engine.plan_window]
+    for positions in requests.windows(engine.plan_window):
+      window = [row.request for row in requests.take(positions)]
       plan = planner.make_plan(model, window, engine, chip, buckets=buckets,
                                is_only_window=len(window) == len(requests))
       buckets = plan.buckets

@@ -217,13 +217,12 @@ def _pending(requests: RequestReader, left: np.ndarray, engine: Any,
   """Requests still to do, read a window at a time; each is put into `pending` on its way out."""
   is_left = np.zeros(len(requests), bool)
   is_left[left] = True
-  for start in range(0, len(requests), engine.plan_window):
-    stop = min(start + engine.plan_window, len(requests))
-    if not is_left[start:stop].any():
+  for window in requests.windows(engine.plan_window):
+    if not is_left[window].any():
       continue
-    rows = requests.rows(start, stop)
+    rows = requests.take(window)
     cached = planner.cached_tokens([row.request for row in rows], engine)
-    for i in np.flatnonzero(is_left[start:stop]):
+    for i in np.flatnonzero(is_left[window]):
       pending[rows[i].request.request_id] = rows[i], int(cached[i])
       yield rows[i].request
 

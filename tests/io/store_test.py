@@ -120,3 +120,51 @@ def test_memory_is_bounded_by_a_batch(tmp_path):
   assert total == 600 * (prompt_len - 1)
   assert (tmp_path / "r.arrow").stat().st_size > num_rows * prompt_len * 4
   assert max(writer_peak, reader_peak) < 10 << 20
+
+
+def plain_row(index):
+  return Row(index=index, row=index + 1, request_id=f"r{index}", form="plain", prompt="",
+             sampling_params=SamplingParams())
+
+
+def test_windows_bring_shared_prefixes_together(tmp_path):
+  rng = np.random.default_rng(0)
+  system = rng.integers(0, 1000, 20)
+  documents = [rng.integers(0, 1000, 100) for _ in range(30)]
+  groups = rng.permutation(np.repeat(np.arange(30), 10))
+  with store.RequestWriter(tmp_path / "r.arrow") as writer:
+    for i, group in enumerate(groups):
+      tokens = np.concatenate([system, documents[group], rng.integers(0, 1000, rng.integers(1, 9))])
+      writer.append(plain_row(i), tokens.astype(np.int32))
+  with store.RequestReader(tmp_path / "r.arrow") as reader:
+    windows = list(reader.windows(50))
+    assert [len(w) for w in windows] == [50] * 6
+    np.testing.assert_array_equal(np.sort(np.concatenate(windows)), np.arange(300))
+    in_window = [set(groups[w].tolist()) for w in windows]
+    assert all(len(held) == 5 for held in in_window)  # every group lies in one window
+    first = [list(dict.fromkeys(groups[w].tolist())) for w in windows]
+    assert sum(first, []) == list(dict.fromkeys(groups.tolist()))  # in order of first appearance
+    np.testing.assert_array_equal(next(reader.windows(300)), np.arange(300))
+    taken = reader.take(windows[2])
+    assert [r.index for r in taken] == windows[2].tolist()
+    for position, stored in zip(windows[2].tolist(), taken):
+      np.testing.assert_array_equal(stored.request.prompt_token_ids,
+                                    reader[position].prompt_token_ids)
+      assert stored.request.request_id == reader[position].request_id
+
+
+def test_windows_tell_prompts_apart_that_are_prefixes_of_others(tmp_path):
+  prompts = [[1, 2], [1, 2, 3], [5], [1, 2], [5], [0], [0, 0]]
+  with store.RequestWriter(tmp_path / "r.arrow") as writer:
+    for i, prompt in enumerate(prompts):
+      writer.append(plain_row(i), np.array(prompt, np.int32))
+  with store.RequestReader(tmp_path / "r.arrow") as reader:
+    order = np.concatenate(list(reader.windows(2))).tolist()
+  assert order == [0, 3, 1, 2, 4, 5, 6]
+
+
+def test_an_empty_store_has_no_windows(tmp_path):
+  with store.RequestWriter(tmp_path / "r.arrow"):
+    pass
+  with store.RequestReader(tmp_path / "r.arrow") as reader:
+    assert list(reader.windows(3)) == []
