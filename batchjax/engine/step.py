@@ -49,7 +49,7 @@ def mixed_step(module: Any, features: SamplingFeatures, params: Any,
   """Decode rows and prefill chunks in one forward pass; rows whose prompt is complete draw.
 
   Args:
-    module: has `apply(params, inputs, kv)` and `apply(params, hidden, method="logits")`.
+    module: a `Transformer`, or what has its `__call__`, `make_schedule` and `logits`.
     features: what sampling has to do (static).
     params: of the module.
     stop_transitions: of the stop table, None where no job has stop strings.
@@ -85,6 +85,7 @@ def decode_loop(module: Any, features: SamplingFeatures, max_steps: int, params:
     Outputs with -1 tokens for steps that a row did not take, and the next state.
   """
   page_size = state.kv.page_size
+  schedule = module.apply(params, _last_inputs(inputs, num_steps), method="make_schedule")
   buffers = _empty_outputs(max_steps, inputs.slots.shape[0], features)
 
   def go_on(carry):
@@ -94,9 +95,10 @@ def decode_loop(module: Any, features: SamplingFeatures, max_steps: int, params:
 
   def body(carry):
     step, state, inputs, buffers = carry
-    _, outputs, state = _advance(module, features, params, stop_transitions, state, inputs)
+    _, outputs, state = _advance(module, features, params, stop_transitions, state, inputs,
+                                 schedule)
     buffers = jax.tree.map(lambda b, x: b.at[step].set(x), buffers, outputs)
-    return step + 1, state, _next_inputs(inputs, state.done, page_size), buffers
+    return step + 1, state, _next_inputs(inputs, page_size), buffers
 
   _, state, _, buffers = jax.lax.while_loop(go_on, body, (0, state, inputs, buffers))
   return buffers, state
@@ -113,13 +115,19 @@ def _empty_outputs(max_steps: int, num_rows: int, features: SamplingFeatures) ->
       top_logprobs=zeros(jnp.float32, num_top) if num_top else None)
 
 
-def _next_inputs(inputs: StepInputs, done: Bool[Array, "slots"], page_size: int) -> StepInputs:
+def _last_inputs(inputs: StepInputs, num_steps: Int[Array, ""]) -> StepInputs:
+  """The inputs with each row's own KV as long as it is in the last step of the loop."""
+  segments, own = inputs.segments, inputs.own_segments
+  # A row has no pages for tokens past its `max_tokens`.
+  more = jnp.minimum(num_steps, inputs.sampling.max_tokens - inputs.num_generated) - 1
+  grown = segments.kv_len.at[jnp.where(own < 0, segments.kv_len.shape[0], own)].add(
+      jnp.maximum(more, 0), mode="drop")
+  return inputs._replace(segments=segments._replace(kv_len=grown))
+
+
+def _next_inputs(inputs: StepInputs, page_size: int) -> StepInputs:
   """The decode step after this one: every row one token further, in its own run."""
-  segments = inputs.segments
-  own = inputs.own_segments
-  # A row that is done has no pages for more, so its segment must not reach behind them.
-  grows = (own >= 0) & ~jnp.take(done, inputs.slots, mode="clip")
-  grown = segments.kv_len.at[jnp.where(grows, own, segments.kv_len.shape[0])].add(1, mode="drop")
+  segments, own = inputs.segments, inputs.own_segments
   own_of = lambda field: jnp.take(field, own, mode="clip")
   positions = jnp.where(inputs.positions < 0, -1, inputs.positions + 1)
   in_run = positions - own_of(segments.kv_start)
@@ -128,11 +136,10 @@ def _next_inputs(inputs: StepInputs, done: Bool[Array, "slots"], page_size: int)
   return inputs._replace(
       tokens=jnp.full_like(inputs.tokens, -1), positions=positions,
       write_slots=jnp.where(own < 0, -1, page * page_size + in_run % page_size),
-      segments=segments._replace(kv_len=grown),
       is_first=jnp.zeros_like(inputs.is_first), num_generated=inputs.num_generated + 1)
 
 
-def _advance(module, features, params, stop_transitions, state, inputs):
+def _advance(module, features, params, stop_transitions, state, inputs, schedule=None):
   """One forward pass and one draw per row that is not done."""
   max_slots = state.done.shape[0]
   of_slot = lambda values, slots: jnp.take(values, slots, mode="clip")
@@ -141,7 +148,7 @@ def _advance(module, features, params, stop_transitions, state, inputs):
   finished = from_device & of_slot(state.done, inputs.token_slots)
   model_inputs = inputs._replace(tokens=tokens,
                                  write_slots=jnp.where(finished, -1, inputs.write_slots))
-  hidden, kv = module.apply(params, model_inputs, state.kv)
+  hidden, kv = module.apply(params, model_inputs, state.kv, schedule)
 
   draws = ((inputs.slots >= 0) & (inputs.sampling.max_tokens > 0)
            & (inputs.is_first | ~of_slot(state.done, inputs.slots)))

@@ -58,18 +58,28 @@ class Transformer(nn.Module):
     self.final_norm = layers.RMSNorm(c.norm_eps, c.norm_plus_one, c.dtype)
     self.lm_head = self.embed if c.tie_embeddings else layers.VocabTable(c, "kernel")
 
-  def __call__(self, inputs: StepInputs, kv: KVState) -> tuple[Float[Array, "T D"], KVState]:
+  def make_schedule(self, inputs: StepInputs) -> attention_op.Schedule:
+    """The work list of attention for a step, or for all steps of a decode loop."""
+    return attention_op.make_schedule(
+        inputs.segments, inputs.page_indices, inputs.positions, config=self.config,
+        page_size=self.page_size, max_levels=self.max_levels, implementation=self.attention)
+
+  def __call__(self, inputs: StepInputs, kv: KVState,
+               schedule: attention_op.Schedule | None = None
+               ) -> tuple[Float[Array, "T D"], KVState]:
     """Computes the final-norm hidden vectors [T, D] and writes the tokens' KV.
 
     Args:
       inputs: tokens already resolved (>= 0); padding (-1) gives unspecified
         but finite vectors and writes nothing where its write slot is -1.
       kv: the pool; donate it to have it updated in place.
+      schedule: that of the decode loop which this step is in; None makes one for this step.
     """
     c = self.config
-    schedule = attention_op.make_schedule(
-        inputs.segments, inputs.page_indices, inputs.positions, config=c,
-        page_size=self.page_size, max_levels=self.max_levels, implementation=self.attention)
+    if schedule is None:
+      schedule = self.make_schedule(inputs)
+    else:
+      schedule = attention_op.advance(schedule, inputs.positions)
     ropes = {kind: layers.rope_table(c, kind, inputs.positions) for kind in set(c.layer_kinds)}
     x = self.embed.lookup(inputs.tokens)
     if c.embed_scale != 1.0:

@@ -35,6 +35,17 @@ def make_schedule(segments: Segments, page_indices: Int[Array, "I"], positions: 
         dtype=config.dtype, max_segments=max_levels + 1, implementation=implementation)
 
 
+def advance(schedule: Schedule, positions: Int[Array, "T"]) -> Schedule:
+  """The work list of a later step of a decode loop, at these positions.
+
+  Args:
+    schedule: from `make_schedule`, whose segments hold the KV that the loop ends with.
+    positions: each at or behind the one that the schedule was made for.
+  """
+  with jax.named_scope("attention_schedule"):
+    return kernel.advance(schedule, positions)
+
+
 def shared_prefix_attention(q: Float[Array, "T Q H"], kv_pages: Float[Array, "A K page 2*H"],
                             schedule: Schedule, *, scale: float, window: int | None = None,
                             soft_cap: float | None = None) -> Float[Array, "T Q H"]:

@@ -15,7 +15,7 @@ import numpy as np
 
 from batchjax.cache.kv_state import KVState
 from batchjax.config import ModelConfig
-from batchjax.types import StepInputs
+from batchjax.types import Segments, StepInputs
 
 _MIX = np.uint32(0x9E3779B1)
 
@@ -47,15 +47,18 @@ class FakeModel:
 
   def apply(self, params: Any, *args, method: str = "__call__"):
     """Dispatches like `flax.linen.Module.apply`."""
-    return self._logits(*args) if method == "logits" else self._forward(*args)
+    methods = {"__call__": self._forward, "logits": self._logits,
+               "make_schedule": lambda inputs: inputs.segments}
+    return methods[method](*args)
 
-  def _forward(self, inputs: StepInputs, kv: KVState) -> tuple[jax.Array, KVState]:
+  def _forward(self, inputs: StepInputs, kv: KVState,
+               schedule: Segments | None = None) -> tuple[jax.Array, KVState]:
     number = lambda x: x.astype(jnp.float32)[:, None, None]
     page_size = self.page_size
     slots = jnp.where(inputs.write_slots < 0, kv.pages[0].shape[0] * page_size, inputs.write_slots)
     new = jnp.concatenate([number(inputs.tokens), number(inputs.positions)], axis=-1)
     pages = kv.pages[0].at[slots // page_size, :, slots % page_size].set(new, mode="drop")
-    segments = inputs.segments
+    segments = inputs.segments if schedule is None else schedule
     token = jnp.arange(inputs.tokens.shape[0])
 
     def add_segment(i, total):

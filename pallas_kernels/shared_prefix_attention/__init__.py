@@ -28,7 +28,7 @@ import jax.numpy as jnp
 
 from pallas_kernels.shared_prefix_attention import reference
 
-# Each names a module with `make_schedule` and `attend`.
+# Each names a module with `make_schedule`, `advance` and `attend`.
 _MODULES = {"reference": "reference", "mosaic_gpu": "gpu", "mosaic_tpu": "tpu"}
 IMPLEMENTATIONS = tuple(_MODULES)
 
@@ -102,6 +102,19 @@ def make_schedule(segments: Segments, page_indices: jax.Array, positions: jax.Ar
     work = _module(name).make_schedule(segments, page_indices, positions,
                                        max_levels=max_segments, **shapes, **options)
   return Schedule(Implementation(name), work)
+
+
+def advance(schedule: Schedule, positions: jax.Array) -> Schedule:
+  """The same work list for new positions: the next step of a decode loop.
+
+  Made once with the `kv_len` that the loop ends with, a schedule serves every step of it: what a
+  token sees is cut off at its position.
+
+  Args:
+    schedule: from `make_schedule`.
+    positions: i32[T], none before the one that the schedule was made for.
+  """
+  return schedule._replace(work=_module(schedule.implementation).advance(schedule.work, positions))
 
 
 def shared_prefix_attention(q: jax.Array, kv_pages: jax.Array, schedule: Schedule, *, scale: float,

@@ -168,11 +168,7 @@ def make_schedule(segments, page_indices: jax.Array, positions: jax.Array, tilin
 
 
 def advance(schedule: Schedule, positions: jax.Array) -> Schedule:
-  """The same work list for new positions: the next step of a decode loop.
-
-  Made once with the `kv_len` that the loop ends with, a schedule serves every step of the
-  loop: what a token sees is cut off at its position.
-  """
+  """See `shared_prefix_attention.advance`."""
   low, high = _extent(schedule.items, positions, schedule.tiling)
   items = schedule.items.at[:, LOW].set(low).at[:, HIGH].set(high)
   return schedule._replace(items=items, row_positions=_row_positions(positions, schedule.tiling))

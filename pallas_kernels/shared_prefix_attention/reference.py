@@ -83,8 +83,17 @@ def make_schedule(segments, page_indices: jax.Array, positions: jax.Array, *, pa
       row_segment=jnp.argsort(~is_row, stable=True).astype(jnp.int32),
       segments=segments,
       page_indices=jnp.pad(page_indices, (0, overrun)),
-      positions=jnp.pad(positions, (0, tiling.q), constant_values=-1),
+      positions=_pad_positions(positions, tiling),
       tiling=tiling)
+
+
+def advance(schedule: Schedule, positions: jax.Array) -> Schedule:
+  """See `shared_prefix_attention.advance`."""
+  return schedule._replace(positions=_pad_positions(positions, schedule.tiling))
+
+
+def _pad_positions(positions: jax.Array, tiling: Tiling) -> jax.Array:
+  return jnp.pad(positions, (0, tiling.q), constant_values=-1)
 
 
 def attend(q: jax.Array, kv_pages: jax.Array, schedule: Schedule, *, scale: float,

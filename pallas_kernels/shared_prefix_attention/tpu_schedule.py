@@ -53,6 +53,7 @@ class Schedule(NamedTuple):
     items: i32[N + 1, 7], fields TOKEN to HIGH; used ones first, ordered by q block, tiles
       before rows.
     keys: i32[N + 1], 2 * q block + (item is a row); unused ones come last.
+    kv_len: i32[N + 1], KV tokens of each item's segment.
     pages: i32[I', 1, 128], page lists of all segments.
     positions: i32[T', 1], position of each token, -1 is padding; T' fills the q blocks.
     tiling, page_size: static.
@@ -60,6 +61,7 @@ class Schedule(NamedTuple):
 
   items: jax.Array
   keys: jax.Array
+  kv_len: jax.Array
   pages: jax.Array
   positions: jax.Array
   tiling: Tiling
@@ -108,12 +110,7 @@ def make_schedule(segments, page_indices: jax.Array, positions: jax.Array, tilin
   block = jnp.take(first_block, owner, mode="clip") + local
   token = jnp.maximum(segment.q_start, block * tiling.q)
   stop = jnp.minimum(segment.q_start + segment.q_len, (block + 1) * tiling.q)
-  lane = token[:, None] + jnp.arange(tiling.q)
-  inside = lane < stop[:, None]
-  position = jnp.take(positions, lane, mode="clip")
-  low = jnp.where(inside, position, jnp.iinfo(jnp.int32).max).min(axis=1)
-  high = jnp.where(inside, position, -1).max(axis=1)
-  end = jnp.clip(high + 1 - segment.kv_start, 0, segment.kv_len)
+  end, low, high = _extent(token, stop, segment.kv_start, segment.kv_len, positions, tiling)
 
   is_row = stop - token == 1
   key = jnp.where(here & (end > 0), 2 * block + is_row, 2 * num_blocks)
@@ -123,13 +120,38 @@ def make_schedule(segments, page_indices: jax.Array, positions: jax.Array, tilin
   # A fetch takes two lines of the page list from any start, so one more line must exist.
   lines = -(-page_indices.shape[0] // LANES) + 1
   pages = jnp.pad(page_indices, (0, lines * LANES - page_indices.shape[0]))
-  padding = num_blocks * tiling.q - num_tokens
   return Schedule(
       items=jnp.stack(fields, axis=1).astype(jnp.int32)[order],
       keys=key.astype(jnp.int32)[order],
+      kv_len=segment.kv_len.astype(jnp.int32)[order],
       pages=pages.astype(jnp.int32).reshape(lines, 1, LANES),
-      positions=jnp.pad(positions.astype(jnp.int32), (0, padding), constant_values=-1)[:, None],
+      positions=_pad_positions(positions, tiling),
       tiling=tiling, page_size=PageSize(page_size))
+
+
+def advance(schedule: Schedule, positions: jax.Array) -> Schedule:
+  """See `shared_prefix_attention.advance`."""
+  items, tiling = schedule.items, schedule.tiling
+  token = items[:, TOKEN] + schedule.keys // 2 * tiling.q
+  extent = _extent(token, token + items[:, NUM_TOKENS], items[:, KV_START], schedule.kv_len,
+                   positions, tiling)
+  return schedule._replace(items=items.at[:, KV_END:HIGH + 1].set(jnp.stack(extent, axis=1)),
+                           positions=_pad_positions(positions, tiling))
+
+
+def _extent(token, stop, kv_start, kv_len, positions: jax.Array, tiling: Tiling):
+  """Where the KV that each item sees ends, and the least and greatest position in it."""
+  lane = token[:, None] + jnp.arange(tiling.q)
+  inside = lane < stop[:, None]
+  position = jnp.take(positions.astype(jnp.int32), lane, mode="clip")
+  low = jnp.where(inside, position, jnp.iinfo(jnp.int32).max).min(axis=1)
+  high = jnp.where(inside, position, -1).max(axis=1)
+  return jnp.clip(high + 1 - kv_start, 0, kv_len), low, high
+
+
+def _pad_positions(positions: jax.Array, tiling: Tiling) -> jax.Array:
+  padding = -positions.shape[0] % tiling.q
+  return jnp.pad(positions.astype(jnp.int32), (0, padding), constant_values=-1)[:, None]
 
 
 def scalars(schedule: Schedule, window: int | None) -> tuple[jax.Array, jax.Array]:
