@@ -120,7 +120,8 @@ class EngineConfig:
     max_step_tokens: most tokens of a mixed step.
     page_size: tokens of a KV page.
     num_pages: pages of the KV pool; 0 takes `kv_memory_bytes`.
-    kv_memory_bytes: bytes of the KV pool when `num_pages` is 0.
+    kv_memory_bytes: bytes of the KV pool when `num_pages` is 0; 0 takes what weights and the
+      largest step leave of the device's memory (`plan.memory.settle`), 1 GiB on a CPU.
     max_decode_steps: most iterations of one decode loop.
     lookahead: dispatches in flight before the oldest one's results are read.
     max_levels: most shared tree levels above a row's own KV.
@@ -136,7 +137,7 @@ class EngineConfig:
   max_step_tokens: int = 1024
   page_size: int = 16
   num_pages: int = 0
-  kv_memory_bytes: int = 1 << 30
+  kv_memory_bytes: int = 0
   max_decode_steps: int = 16
   lookahead: int = 2
   max_levels: int = 4
@@ -157,8 +158,8 @@ class EngineConfig:
              "a mixed step holds one token of every running row")
     _require(self.page_size & (self.page_size - 1) == 0,
              f"engine.page_size={self.page_size} must be a power of two")
-    _require(self.num_pages > 0 or self.kv_memory_bytes > 0,
-             "set engine.num_pages or engine.kv_memory_bytes")
+    for name in ("num_pages", "kv_memory_bytes"):
+      _require(getattr(self, name) >= 0, f"engine.{name} must be at least 0, got {getattr(self, name)}")
 
 
 @dataclasses.dataclass(frozen=True)

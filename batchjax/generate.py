@@ -1,25 +1,27 @@
 """Requests in, completions out: the whole job, and its only host/device junction."""
 
 import collections
+import concurrent.futures
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any, NamedTuple
 
-from absl import logging
 import jax
 import numpy as np
 
 from batchjax.config import ConfigError, EngineConfig, ModelConfig
+from batchjax.device import chip_of, memory_limit
 from batchjax.engine import compile as compile_lib
+from batchjax.engine import startup
 from batchjax.engine.batch import Batch
 from batchjax.engine.pack import Bucket, pack
 from batchjax.engine.sampling_inputs import SamplingFeatures, SamplingTable
 from batchjax.engine.scheduler import SchedulerStats
 from batchjax.engine.step import EngineState
 from batchjax.models import Transformer
-from batchjax.plan import planner
-from batchjax.plan.cost import CHIPS, Chip
+from batchjax.plan import memory, planner
+from batchjax.plan.cost import Chip
 from batchjax.types import Completion, Request, StepOutputs, StopTable
 from batchjax.weights import Model
 
@@ -31,7 +33,7 @@ class StepEvent(NamedTuple):
     batch, bucket: what ran, in which shape.
     stats: the scheduler after its results were taken in.
     generated_tokens: tokens that it drew.
-    host_secs: planning, packing and dispatch on the host.
+    host_secs: planning, packing and taking results in, while the device works.
     step_secs: since the results before these came back.
   """
 
@@ -46,7 +48,8 @@ class StepEvent(NamedTuple):
 def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = EngineConfig(), *,
              features: SamplingFeatures | None = None, stop_table: StopTable | None = None,
              observe: Callable[[Any], None] = lambda event: None,
-             module_class: Callable[..., Any] = Transformer) -> Iterator[Completion]:
+             module_class: Callable[..., Any] = Transformer,
+             compiler_options: dict[str, Any] | None = None) -> Iterator[Completion]:
   """Completes requests, handing each out as soon as it is done.
 
   Args:
@@ -58,18 +61,22 @@ def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = E
     stop_table: automata of all stop strings (`text.stop.build_stop_table`).
     observe: is given the `Plan` of each window, the `CompileRecord`s and every `StepEvent`.
     module_class: `module_class(config, page_size, attention, max_levels)` makes the module.
+    compiler_options: of XLA; None takes those that serve the backend best.
 
   Yields:
     Completions in the order in which they finish.
 
   Raises:
-    ConfigError: a request can never fit, or the engine's sizes do not fit together.
+    ConfigError: a request can never fit, the engine's sizes do not fit together, or the device
+      has too little memory for them.
   """
   windows = _windows(requests, engine.plan_window)
   window, is_only_window = next(windows, ((), True))
   if not window:
     return
-  config, chip = model.config, chip_of(jax.devices()[0])
+  device, config = jax.devices()[0], model.config
+  chip, device_bytes = chip_of(device), memory_limit(device)
+  engine = memory.settle(config, engine, device_bytes)
   if features is None:
     features = SamplingFeatures.of((r.sampling_params for r in window), config.eos_token_ids)
   plan = _plan(config, window, engine, chip, is_only_window=is_only_window, stop_table=stop_table)
@@ -77,60 +84,72 @@ def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = E
   max_rows = max(bucket.num_rows for bucket in buckets)
   table = SamplingTable(max_rows, features, config.eos_token_ids, stop_table)
   transitions = None if stop_table is None else jax.device_put(stop_table.transitions)
-  state = compile_lib.init_state(config, engine, plan.num_pages, max_rows, features)
+  make_state = compile_lib.make_state_fn(config, engine, plan.num_pages, max_rows, features)
   module = module_class(config, engine.page_size, engine.attention, engine.max_levels)
   steps = compile_lib.compile_steps(
-      module, model.params, state, buckets, features, table, transitions,
-      max_decode_steps=engine.max_decode_steps, max_len=config.max_len)
+      module, model.params, jax.eval_shape(make_state), buckets, features, table, transitions,
+      max_decode_steps=engine.max_decode_steps, max_len=config.max_len,
+      compiler_options=compiler_options)
   for record in steps.records:
     observe(record)
+  startup.check_memory(steps.records, device_bytes)
+  state = startup.warm_up(steps, buckets, model.params, transitions, make_state(), table,
+                          engine.page_size, features)
 
-  def dispatch(batch: Batch, state: EngineState) -> tuple[Bucket, StepOutputs, EngineState]:
-    """Sends a batch to the device; does not wait for it."""
+  def launch(bucket: Bucket, admissions: list[tuple], arguments: tuple) -> StepOutputs:
+    """Sends a step to the device. In a thread: a decode loop holds its caller until it ends."""
+    nonlocal state
+    with jax.transfer_guard("disallow"):
+      for tokens in admissions:
+        state = state.replace(penalties=steps["admit"](state.penalties, *tokens))
+      outputs, state = steps[bucket](model.params, transitions, state, *arguments)
+      return outputs
+
+  def dispatch(batch: Batch) -> tuple[Bucket, concurrent.futures.Future]:
+    """Packs a batch and hands it over; does not wait for it."""
     for admission in batch.admissions:
       table.set(admission.slot, admission.sampling_params, admission.sample_index)
-      if features.penalties:
-        tokens = jax.device_put(compile_lib.admission_inputs(admission, config.max_len))
-        state = state.replace(penalties=steps["admit"](state.penalties, *tokens))
+    admissions = [compile_lib.admission_inputs(admission, config.max_len)
+                  for admission in batch.admissions if features.penalties]
     bucket = planner.pick_bucket(buckets, batch.kind, batch.num_tokens)
     inputs = pack(batch, bucket, table, page_size=engine.page_size,
                   prompt_logprobs=features.prompt_logprobs)
     count = (np.int32(batch.num_steps),) if batch.kind == "decode" else ()
-    arguments = jax.device_put((inputs, *count))
-    return bucket, *steps[bucket](model.params, transitions, state, *arguments)
+    return bucket, launcher.submit(launch, bucket, *jax.device_put((admissions, (inputs, *count))))
 
-  while window:
-    observe(plan)
-    scheduler = planner.make_scheduler(
-        window, plan, engine, max_rows,
-        max(bucket.num_tokens for bucket in buckets), stop_table)
-    in_flight: collections.deque = collections.deque()
-    last_read = time.perf_counter()
-    while not scheduler.finished:
-      completions = []
-      with jax.transfer_guard("disallow"):  # every crossing is one of the explicit ones here
-        start = time.perf_counter()
-        batch = scheduler.next_batch()
-        if batch is not None:
-          bucket, outputs, state = dispatch(batch, state)
-          in_flight.append((batch, bucket, outputs, time.perf_counter() - start))
-        if batch is None and not in_flight:
-          raise RuntimeError(f"the scheduler has nothing to run and nothing to wait for: "
-                             f"{scheduler.stats}")
-        if batch is None or len(in_flight) > engine.lookahead:
-          batch, bucket, outputs, host_secs = in_flight.popleft()
-          outputs = jax.device_get(outputs)
+  with concurrent.futures.ThreadPoolExecutor(1) as launcher:
+    while window:
+      observe(plan)
+      scheduler = planner.make_scheduler(
+          window, plan, engine, max_rows,
+          max(bucket.num_tokens for bucket in buckets), stop_table)
+      in_flight: collections.deque = collections.deque()
+      last_read = time.perf_counter()
+      while not scheduler.finished:
+        completions = []
+        with jax.transfer_guard("disallow"):  # every crossing is one of the explicit ones here
           start = time.perf_counter()
-          completions = scheduler.retire(batch, outputs)
-          now = time.perf_counter()
-          observe(StepEvent(batch, bucket, scheduler.stats, int((outputs.tokens >= 0).sum()),
-                            host_secs + now - start, now - last_read))
-          last_read = now
-      yield from completions
-    window, is_only_window = next(windows, ((), True))
-    if window:
-      plan = _plan(config, window, engine, chip, buckets=buckets, is_only_window=is_only_window,
-                   stop_table=stop_table)
+          batch = scheduler.next_batch()
+          if batch is not None:
+            bucket, outputs = dispatch(batch)
+            in_flight.append((batch, bucket, outputs, time.perf_counter() - start))
+          if batch is None and not in_flight:
+            raise RuntimeError(f"the scheduler has nothing to run and nothing to wait for: "
+                               f"{scheduler.stats}")
+          if batch is None or len(in_flight) > engine.lookahead:
+            batch, bucket, outputs, host_secs = in_flight.popleft()
+            outputs = jax.device_get(outputs.result())
+            start = time.perf_counter()
+            completions = scheduler.retire(batch, outputs)
+            now = time.perf_counter()
+            observe(StepEvent(batch, bucket, scheduler.stats, int((outputs.tokens >= 0).sum()),
+                              host_secs + now - start, now - last_read))
+            last_read = now
+        yield from completions
+      window, is_only_window = next(windows, ((), True))
+      if window:
+        plan = _plan(config, window, engine, chip, buckets=buckets, is_only_window=is_only_window,
+                     stop_table=stop_table)
 
 
 def _windows(requests: Iterable[Request], size: int) -> Iterator[tuple[list[Request], bool]]:
@@ -150,15 +169,3 @@ def _plan(config: ModelConfig, window: list[Request], engine: EngineConfig, chip
     index, reason = next(iter(plan.rejected.items()))
     raise ConfigError(f"request {window[index].request_id!r}: {reason}")
   return plan
-
-
-def chip_of(device: jax.Device) -> Chip:
-  """The roofline that weighs padding against compiling; the nearest one, and a warning, if unknown."""
-  kind = device.device_kind.lower()
-  names = {"a100": "a100", "h100": "h100", "h200": "h100", "l4": "l4", "t4": "t4",
-           "v5 lite": "v5e", "v5e": "v5e", "v5": "v5p", "v6": "v6e", "7x": "tpu7x"}
-  default = {"cpu": "cpu", "tpu": "v5e"}.get(device.platform, "a100")
-  name = next((name for part, name in names.items() if part in kind), default)
-  if not any(part in kind for part in names) and device.platform != "cpu":
-    logging.warning("no roofline for %r: shapes are weighed by that of %s", device.device_kind, name)
-  return CHIPS[name]

@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
 import signal
 import time
@@ -15,6 +16,7 @@ import numpy as np
 from batchjax import job as job_lib
 from batchjax import prepare, report, weights
 from batchjax.config import ConfigError, JobConfig, ModelConfig, ModelSource
+from batchjax.device import memory_limit
 from batchjax.engine.compile import CompileRecord
 from batchjax.engine.sampling_inputs import SamplingFeatures
 from batchjax.generate import StepEvent, generate
@@ -23,6 +25,7 @@ from batchjax.io.records import InputError, RowError
 from batchjax.io.store import RequestReader, StoredRow
 from batchjax.models import Transformer
 from batchjax.plan import planner
+from batchjax.plan.memory import DEVICE_SHARE, num_kv_pages, settle
 from batchjax.plan.planner import Plan
 from batchjax.plan.summary import plan_summary
 from batchjax.text.stop import build_stop_table
@@ -83,6 +86,9 @@ def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str
   _check_paths(input_path, output_path, error_path)
   with _stop_on_signal() as stop:
     model_config, tokenizer = loaders.config(config.model), loaders.tokenizer(config.model)
+    configure_jax(config.engine.compilation_cache_dir)
+    config = dataclasses.replace(config, engine=settle(
+        model_config, config.engine, memory_limit(jax.devices()[0])))
     with job_lib.open_job(f"{output_path}.job", identity(config, input_path)) as job:
       prepared = _prepare_once(job, input_path, config, model_config, tokenizer)
       with RequestReader(job.directory / "requests.arrow") as requests:
@@ -180,7 +186,6 @@ def _complete(job: job_lib.Job, requests: RequestReader, left: np.ndarray,
   """Runs the requests at positions `left` and journals each as it is done."""
   engine = config.engine
   stop_table = _stop_table(requests, model_config, tokenizer)
-  configure_cache(engine.compilation_cache_dir)
   device = jax.devices()[0]
   model = loaders.model(config.model)
   features = SamplingFeatures.of((r.sampling_params for r in requests),
@@ -191,7 +196,7 @@ def _complete(job: job_lib.Job, requests: RequestReader, left: np.ndarray,
       model=config.model.name or pathlib.Path(config.model.path).name or config.model.shape,
       jax_version=jax.__version__, num_requests=len(left) + num_errors,
       num_prompt_tokens=int(requests.prompt_lens[left].sum()),
-      num_pages=planner.memory.num_kv_pages(model.config, engine), page_size=engine.page_size,
+      num_pages=num_kv_pages(model.config, engine), page_size=engine.page_size,
       max_rows=engine.max_rows)
   pending: dict[str, tuple[StoredRow, int]] = {}
   with contextlib.ExitStack() as stack:
@@ -314,10 +319,14 @@ def _stop_on_signal() -> Iterator[_Stop]:
       signal.signal(number, handler)
 
 
-def configure_cache(directory: str) -> None:
-  """Keeps compiled steps in `directory` between runs; "" keeps none."""
-  if directory:
-    path = pathlib.Path(directory).expanduser()
+def configure_jax(cache_dir: str) -> None:
+  """Gives JAX most of the device's memory, and a folder to keep compiled steps in ("": none).
+
+  To be called before the first use of a device.
+  """
+  os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(DEVICE_SHARE))
+  if cache_dir:
+    path = pathlib.Path(cache_dir).expanduser()
     path.mkdir(parents=True, exist_ok=True)
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

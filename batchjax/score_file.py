@@ -6,7 +6,7 @@ from batchjax.config import JobConfig, ModelConfig
 from batchjax.io import files, records
 from batchjax.io.records import Record, RowError
 from batchjax.prepare import BadRow
-from batchjax.runner import Loaders, configure_cache
+from batchjax.runner import Loaders, configure_jax
 from batchjax.score import ScoreRequest, score
 from batchjax.text.tokenizer import Tokenizer
 
@@ -28,7 +28,7 @@ def score_file(config: JobConfig, input_path: str, output_path: str,
       raise _bad(record, "id", f"id {request.request_id!r} is used by an earlier row: "
                  "make it unique")
     requests[request.request_id] = request
-  configure_cache(config.engine.compilation_cache_dir)
+  configure_jax(config.engine.compilation_cache_dir)
   scores = {s.request_id: s for s in score(
       loaders.model(config.model), requests.values(), config.engine,
       module_class=loaders.module_class)}

@@ -44,11 +44,17 @@ class Workload:
 
 
 class Draw:
-  """Draws tokens uniform below `vocab_size` from a seed, and makes requests of prompts."""
+  """Draws tokens uniform below `vocab_size` from a seed, and makes requests of prompts.
 
-  def __init__(self, vocab_size: int, seed: int = 0, temperature: float = 0.0):
+  Args:
+    vocab_size, seed: of the tokens.
+    sampling: of all requests, save for their lengths, samples and seeds.
+  """
+
+  def __init__(self, vocab_size: int, seed: int = 0,
+               sampling: SamplingParams = SamplingParams(temperature=0.0)):
     self.rng = np.random.default_rng(seed)
-    self._vocab_size, self._temperature = vocab_size, temperature
+    self._vocab_size, self._sampling = vocab_size, sampling
 
   def tokens(self, length: int) -> np.ndarray:
     """i32[length]."""
@@ -58,9 +64,8 @@ class Draw:
                shuffled: bool = False) -> Workload:
     """One request for each prompt; `shuffled` puts them in random order."""
     requests = tuple(
-        Request(f"request-{i}", prompt, SamplingParams(
-            temperature=self._temperature, n=n, seed=i, max_tokens=int(output_len),
-            ignore_eos=True))
+        Request(f"request-{i}", prompt, dataclasses.replace(
+            self._sampling, n=n, seed=i, max_tokens=int(output_len), ignore_eos=True))
         for i, (prompt, output_len) in enumerate(zip(prompts, output_lens, strict=True)))
     if shuffled:
       requests = tuple(requests[i] for i in self.rng.permutation(len(requests)))

@@ -1,11 +1,11 @@
-"""Llama-3-8B with random weights, bfloat16, for one GPU of 80 GB.
+"""Llama-3-8B with random weights, bfloat16, for one GPU of 80 GB or more.
 
     python scripts/bench.py --config=configs/llama3_8b.py --workload=prefix_groups \
         --num_requests=1024 --prefix_len=2000 --share_degree=16 --distinct_len=200 \
         --output_len=100 --measure_ceilings
 
-prints one line of JSON. Of 75 GiB that JAX may take, 15 are weights, 54 the KV pool (128 KiB a
-token: 442,368 tokens), and 6 are left for the largest step and for tuning while compiling.
+prints one line of JSON. Weights take 15 GiB, the KV pool (128 KiB a token) what the largest
+step leaves of the rest.
 """
 
 from batchjax.config import EngineConfig, JobConfig, ModelSource, to_config_dict
@@ -15,6 +15,5 @@ from batchjax.types import SamplingParams
 def get_config():
   return to_config_dict(JobConfig(
       model=ModelSource(format="random", shape="llama3_8b", dtype="bfloat16"),
-      engine=EngineConfig(max_rows=1024, max_step_tokens=8192, page_size=64,
-                          kv_memory_bytes=54 << 30),
+      engine=EngineConfig(max_rows=1024, max_step_tokens=8192, page_size=64),
       sampling=SamplingParams(temperature=0.0)))

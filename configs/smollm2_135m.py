@@ -17,8 +17,7 @@ from batchjax.types import SamplingParams
 def get_config():
   return to_config_dict(JobConfig(
       model=ModelSource(path=_model_path(), dtype="float32"),
-      engine=EngineConfig(max_rows=64, max_step_tokens=1024, page_size=16,
-                          kv_memory_bytes=1 << 30),
+      engine=EngineConfig(max_rows=64, max_step_tokens=1024, page_size=16),
       sampling=SamplingParams(temperature=0.0, max_tokens=256)))
 
 

@@ -21,9 +21,10 @@ from absl import flags
 import jax
 from ml_collections import config_flags
 
-from batchjax import bench
+from batchjax import bench, roofline, trace
 from batchjax.config import ConfigError, from_config_dict, JobConfig
-from batchjax.runner import configure_cache
+from batchjax.runner import configure_jax
+from batchjax.types import SamplingParams
 from batchjax.weights import load_model, WeightError
 from batchjax.workloads import default_sizes, Draw, WORKLOADS
 
@@ -31,6 +32,8 @@ _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.")
 _WORKLOAD = flags.DEFINE_enum("workload", None, sorted(WORKLOADS), "What to run.", required=True)
 _SEED = flags.DEFINE_integer("seed", 0, "Of the tokens.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of all requests; 0 is greedy.")
+_TOP_P = flags.DEFINE_float("top_p", 1.0, "Of all requests.")
+_TOP_K = flags.DEFINE_integer("top_k", -1, "Of all requests; -1 keeps all.")
 _REPEAT = flags.DEFINE_integer("repeat", 1, "Runs; a line of JSON each.", lower_bound=1)
 _CEILINGS = flags.DEFINE_bool("measure_ceilings", False, "Measure what the device can do, and "
                               "report the floor that follows.")
@@ -56,32 +59,31 @@ def main(argv: list[str]) -> int:
     raise app.UsageError(f"--workload={_WORKLOAD.value} has no {', '.join(unknown)}; "
                          f"it has {', '.join(sizes)}")
   sizes |= given
-  # JAX leaves a quarter of a GPU unused otherwise; read when the device is first touched.
-  os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", "0.95")
+  sampling = {"temperature": _TEMPERATURE.value, "top_p": _TOP_P.value, "top_k": _TOP_K.value}
   try:
     config = from_config_dict(JobConfig, _CONFIG.value.to_dict())
-    configure_cache(config.engine.compilation_cache_dir)
-    ceilings = bench.measure_ceilings(config.model.dtype) if _CEILINGS.value else None
+    configure_jax(config.engine.compilation_cache_dir)
+    ceilings = roofline.measure_ceilings(config.model.dtype) if _CEILINGS.value else None
     start = time.perf_counter()
     model = load_model(config.model)
     jax.block_until_ready(model.params)
     load_secs = time.perf_counter() - start
     workload = WORKLOADS[_WORKLOAD.value](
-        Draw(model.config.vocab_size, _SEED.value, _TEMPERATURE.value), **sizes)
+        Draw(model.config.vocab_size, _SEED.value, SamplingParams(**sampling)), **sizes)
     for number in range(_REPEAT.value):
       line = {"model": (config.model.name or config.model.shape
                         or os.path.basename(config.model.path)),
               "workload": _WORKLOAD.value, **sizes, "seed": _SEED.value,
-              "temperature": _TEMPERATURE.value, "load_secs": load_secs}
+              **sampling, "load_secs": load_secs}
       directory = _PROFILE.value if number == _REPEAT.value - 1 else None
-      tracer = bench.Tracer(directory, _PROFILE_AFTER.value, _PROFILE_SECS.value)
+      tracer = trace.Tracer(directory, _PROFILE_AFTER.value, _PROFILE_SECS.value)
       line |= dataclasses.asdict(bench.run(model, workload, config.engine, ceilings=ceilings,
-                                           on_step=tracer.on_step))
+                                           on_step=tracer.on_step, traceable=bool(directory)))
       tracer.close()
       if directory:
-        line["profile"] = dataclasses.asdict(bench.read_profile(directory))
+        line["profile"] = dataclasses.asdict(trace.read_profile(directory))
       print(bench.to_json(line), flush=True)
-  except (ConfigError, WeightError, bench.BenchError) as error:
+  except (ConfigError, WeightError, bench.BenchError, trace.TraceError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
   return 0

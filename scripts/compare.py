@@ -22,7 +22,7 @@ import numpy as np
 import batchjax
 from batchjax.generate import StepEvent
 from batchjax.plan.planner import Plan
-from batchjax.runner import configure_cache
+from batchjax.runner import configure_jax
 from batchjax.weights import load_hf_config, save_hf
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.")
@@ -81,7 +81,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   config = batchjax.from_config_dict(batchjax.JobConfig, _CONFIG.value.to_dict())
-  configure_cache(config.engine.compilation_cache_dir)
+  configure_jax(config.engine.compilation_cache_dir)
   model = batchjax.load_model(config.model)
   rng = np.random.default_rng(0)
   draw = lambda *shape: rng.integers(3, model.config.vocab_size, shape).astype(np.int32)

@@ -41,7 +41,7 @@ def test_a_field_that_is_none_can_be_set_and_keeps_its_type():
     (dict(engine__max_rows=0), r"engine\.max_rows must be positive, got 0"),
     (dict(engine__page_size=24), r"engine\.page_size=24 must be a power of two"),
     (dict(engine__max_step_tokens=8), r"engine\.max_step_tokens=8 must be at least max_rows=64"),
-    (dict(engine__num_pages=0, engine__kv_memory_bytes=0), "engine.num_pages or engine.kv_memory"),
+    (dict(engine__kv_memory_bytes=-1), r"engine\.kv_memory_bytes must be at least 0, got -1"),
     (dict(sampling__temperature=-1.0), r"config\.sampling\.temperature must be at least 0"),
     (dict(sampling__temperature=float("nan")), r"config\.sampling\.temperature must be finite"),
     (dict(model__format="pickle"), r"config\.model\.format must be one of .*'gguf'.*'pickle'"),

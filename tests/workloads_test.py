@@ -4,6 +4,7 @@ import numpy as np
 import pytest
 
 from batchjax.plan.prefix_tree import build_prefix_tree
+from batchjax.types import SamplingParams
 from batchjax.workloads import (default_sizes, Draw, mixed_lengths, multi_level, prefix_groups,
                                 WORKLOADS)
 from batchjax.workloads import random as random_workload
@@ -41,13 +42,13 @@ def test_a_seed_fixes_the_workload(name):
 
 @pytest.mark.parametrize("name", SMALL)
 def test_requests_are_valid_and_run_to_their_last_token(name):
-  workload = WORKLOADS[name](Draw(10, temperature=0.5), **SMALL[name])
+  workload = WORKLOADS[name](Draw(10, sampling=SamplingParams(temperature=0.5, top_k=3)), **SMALL[name])
   assert len({r.request_id for r in workload.requests}) == len(workload.requests)
   for request in workload.requests:
     assert request.prompt_token_ids.dtype == np.int32 and len(request.prompt_token_ids) > 0
     assert 0 <= request.prompt_token_ids.min() and request.prompt_token_ids.max() < 10
     assert request.sampling_params.ignore_eos and not request.sampling_params.stop_token_ids
-    assert request.sampling_params.temperature == 0.5
+    assert request.sampling_params.temperature == 0.5 and request.sampling_params.top_k == 3
 
 
 @pytest.mark.parametrize("name", SMALL)

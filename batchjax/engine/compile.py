@@ -22,12 +22,29 @@ from batchjax.engine.sampling_inputs import SamplingFeatures, SamplingTable
 from batchjax.types import Segments, StepInputs
 
 
+# A decode loop becomes one CUDA graph, its condition read on the device: with XLA's own choice the
+# host reads it after every step, and whoever dispatched the loop waits until it ends.
+_COMPILER_OPTIONS = {"gpu": {
+    "xla_gpu_enable_command_buffer":
+        "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL"}}
+
+
 class CompileRecord(NamedTuple):
-  """One compiled shape, the seconds it took, and whether the persistent cache had it."""
+  """One compiled shape.
+
+  Attributes:
+    name: of its kind and size.
+    secs: that tracing and compiling took.
+    cached: the persistent cache had it.
+    argument_bytes, temp_bytes: device memory while it runs: weights, KV pool and inputs, and all
+      that it makes itself.
+  """
 
   name: str
   secs: float
   cached: bool
+  argument_bytes: int = 0
+  temp_bytes: int = 0
 
 
 class ShapeError(RuntimeError):
@@ -52,27 +69,31 @@ class Steps:
     return self._executables[key]
 
 
-def init_state(config: ModelConfig, engine: EngineConfig, num_pages: int, max_rows: int,
-               features: SamplingFeatures) -> step.EngineState:
-  """An engine at rest: an empty pool and empty slots, made on the device."""
-  make = lambda: step.init_engine_state(
-      init_kv_state(config, num_pages, engine.page_size), max_rows, config.vocab_size, features)
-  return jax.jit(make)()
+def make_state_fn(config: ModelConfig, engine: EngineConfig, num_pages: int, max_rows: int,
+                  features: SamplingFeatures) -> Callable[[], step.EngineState]:
+  """Makes an engine at rest on the device: an empty pool and empty slots."""
+  return jax.jit(lambda: step.init_engine_state(
+      init_kv_state(config, num_pages, engine.page_size), max_rows, config.vocab_size, features))
 
 
 def compile_steps(module: Any, params: Any, state: step.EngineState, buckets: Sequence[Bucket],
                   features: SamplingFeatures, table: SamplingTable, stop_transitions: Any, *,
-                  max_decode_steps: int, max_len: int) -> Steps:
+                  max_decode_steps: int, max_len: int,
+                  compiler_options: dict[str, Any] | None = None) -> Steps:
   """Lowers every bucket, then compiles them in parallel threads.
 
   Args:
     module, features: see `step.mixed_step`.
-    params, state, stop_transitions: as the steps will get them.
+    params, state, stop_transitions: as the steps will get them; shapes will do for the state, so
+      that the compiler has the memory for itself while it tries out products.
     buckets: the shapes.
     table: whose rows give the shapes of sampling inputs.
     max_decode_steps: most iterations of a decode loop.
     max_len: longest prompt, for the penalties' token counts.
+    compiler_options: of XLA; None takes those that serve the backend best.
   """
+  if compiler_options is None:
+    compiler_options = _COMPILER_OPTIONS.get(jax.default_backend())
   mixed = jax.jit(functools.partial(step.mixed_step, module, features), donate_argnums=2)
   decode = jax.jit(functools.partial(step.decode_loop, module, features, max_decode_steps),
                    donate_argnums=2)
@@ -91,12 +112,13 @@ def compile_steps(module: Any, params: Any, state: step.EngineState, buckets: Se
         jax.ShapeDtypeStruct((), jnp.int32), tokens, tokens)
 
   with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-    built = dict(zip(jobs, pool.map(_build, jobs.items())))
+    built = dict(zip(jobs, pool.map(functools.partial(_build, compiler_options), jobs.items())))
   return Steps({key: executable for key, (executable, _) in built.items()},
                [record for _, record in built.values()])
 
 
-def _build(job: tuple[Bucket | str, Callable]) -> tuple[Callable, CompileRecord]:
+def _build(options: dict[str, Any] | None, job: tuple[Bucket | str, Callable]
+           ) -> tuple[Callable, CompileRecord]:
   """Compiles one shape in this thread."""
   key, lower = job
   thread, hits = threading.get_ident(), []
@@ -108,10 +130,13 @@ def _build(job: tuple[Bucket | str, Callable]) -> tuple[Callable, CompileRecord]
   start = time.perf_counter()
   jax.monitoring.register_event_listener(listen)
   try:
-    executable = lower().compile()
+    executable = lower().compile(options)
   finally:
     jax.monitoring.unregister_event_listener(listen)
-  return executable, CompileRecord(_name(key), time.perf_counter() - start, bool(hits))
+  memory = executable.memory_analysis()
+  return executable, CompileRecord(
+      _name(key), time.perf_counter() - start, bool(hits), memory.argument_size_in_bytes,
+      memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes)
 
 
 def _name(key: Bucket | str) -> str:

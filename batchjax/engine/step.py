@@ -73,13 +73,13 @@ def mixed_step(module: Any, features: SamplingFeatures, params: Any,
 def decode_loop(module: Any, features: SamplingFeatures, max_steps: int, params: Any,
                 stop_transitions: Int[Array, "U states V"] | None, state: EngineState,
                 inputs: StepInputs, num_steps: Int[Array, ""]) -> tuple[StepOutputs, EngineState]:
-  """Up to `num_steps` decode steps without the host; leaves early when every row is done.
+  """Up to `num_steps` decode steps, at least one, without the host; ends when every row is done.
 
   Args:
     max_steps: length of the output's leading axis (static).
     inputs: the first step; row r is token r, and each row's own run has the
       pages for `num_steps` more tokens.
-    num_steps: at most `max_steps`.
+    num_steps: 1 to `max_steps`.
 
   Returns:
     Outputs with -1 tokens for steps that a row did not take, and the next state.
@@ -91,7 +91,7 @@ def decode_loop(module: Any, features: SamplingFeatures, max_steps: int, params:
   def go_on(carry):
     step, state, inputs, _ = carry
     running = (inputs.slots >= 0) & ~jnp.take(state.done, inputs.slots, mode="clip")
-    return (step < num_steps) & running.any()
+    return (step < num_steps) & ((step == 0) | running.any())
 
   def body(carry):
     step, state, inputs, buffers = carry

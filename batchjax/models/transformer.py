@@ -1,5 +1,7 @@
 """A decoder-only transformer over flat tokens and paged KV; families differ in `ModelConfig`."""
 
+import contextlib
+import functools
 from typing import Any
 
 import flax.linen as nn
@@ -12,6 +14,16 @@ from batchjax.config import ModelConfig
 from batchjax.models import layers
 from batchjax.ops import attention as attention_op
 from batchjax.types import Segments, StepInputs
+
+
+def _float32_products(method):
+  """Has the products of float32 models done in float32: accelerators round operands otherwise."""
+  @functools.wraps(method)
+  def wrapped(self, *args, **kwargs):
+    is_float32 = self.config.dtype == "float32"
+    with jax.default_matmul_precision("highest") if is_float32 else contextlib.nullcontext():
+      return method(self, *args, **kwargs)
+  return wrapped
 
 
 class Block(nn.Module):
@@ -64,6 +76,7 @@ class Transformer(nn.Module):
         inputs.segments, inputs.page_indices, inputs.positions, config=self.config,
         page_size=self.page_size, max_levels=self.max_levels, implementation=self.attention)
 
+  @_float32_products
   def __call__(self, inputs: StepInputs, kv: KVState,
                schedule: attention_op.Schedule | None = None
                ) -> tuple[Float[Array, "T D"], KVState]:
@@ -76,10 +89,8 @@ class Transformer(nn.Module):
       schedule: that of the decode loop which this step is in; None makes one for this step.
     """
     c = self.config
-    if schedule is None:
-      schedule = self.make_schedule(inputs)
-    else:
-      schedule = attention_op.advance(schedule, inputs.positions)
+    schedule = (self.make_schedule(inputs) if schedule is None
+                else attention_op.advance(schedule, inputs.positions))
     ropes = {kind: layers.rope_table(c, kind, inputs.positions) for kind in set(c.layer_kinds)}
     x = self.embed.lookup(inputs.tokens)
     if c.embed_scale != 1.0:
@@ -93,6 +104,7 @@ class Transformer(nn.Module):
       self.logits(x)  # creates the parameters that only `logits` reads
     return x, kv.replace(pages=tuple(pages))
 
+  @_float32_products
   def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
     """Float32 logits over the vocabulary, the final soft cap included."""
     with jax.named_scope("logits"):

@@ -33,8 +33,8 @@ class Chip:
   step_overhead_secs: float
 
 
-# Peaks are those of the vendors' data sheets (NVIDIA A100 80GB SXM, H100 SXM, L4
-# and T4, whose 16-bit type is float16; Google Cloud's
+# Peaks are those of the vendors' data sheets (NVIDIA A100 80GB SXM, H100 and H200 SXM,
+# L4 and T4, whose 16-bit type is float16; Google Cloud's
 # pages of each TPU version), a whole chip each; a tpu7x chip is two JAX devices. TPUs publish no
 # float32 rate: a float32 product takes six bfloat16 passes, so it is a sixth. The CPU is an
 # assumption: two cores of a server, AVX2, where bfloat16 gains nothing.
@@ -42,6 +42,7 @@ CHIPS = MappingProxyType({chip.name: chip for chip in (
     Chip("cpu", 1.5e11, 1.5e11, 2e10, 8 << 30, 5e-4),
     Chip("a100", 312e12, 19.5e12, 2039e9, 80 * 10**9, 1e-4),
     Chip("h100", 989e12, 67e12, 3350e9, 80 * 10**9, 1e-4),
+    Chip("h200", 989e12, 67e12, 4800e9, 141 * 10**9, 1e-4),
     Chip("l4", 121e12, 30e12, 300e9, 24 * 10**9, 1e-4),
     Chip("t4", 65e12, 8e12, 320e9, 16 * 10**9, 1e-4),
     Chip("v5e", 197e12, 197e12 / 6, 819e9, 16 << 30, 1e-4),

@@ -16,6 +16,13 @@ Tokens = TypeVar("Tokens", int, np.ndarray)
 # Float32 arrays [max_rows, vocab_size] alive at once while a step samples: the
 # logits, the processed copy, and what a sort or a log-softmax makes of it.
 _LOGITS_COPIES = 3
+# The KV pool where nobody says how large it may be, nor the device how much memory it has.
+_DEFAULT_KV_BYTES = 1 << 30
+# Part of an accelerator's memory that JAX gets; the rest is the driver's and its libraries'.
+DEVICE_SHARE = 0.95
+# Part of that which an automatic pool leaves alone: what the estimate does not see, and the
+# allocator's own losses.
+_SLACK = 0.02
 
 
 @dataclasses.dataclass(frozen=True)
@@ -56,8 +63,34 @@ def estimate_memory(model: ModelConfig, engine: EngineConfig) -> MemoryEstimate:
   )
 
 
+def settle(model: ModelConfig, engine: EngineConfig, device_bytes: int | None) -> EngineConfig:
+  """The engine with the size of its KV pool settled, where it is to take what is left.
+
+  Args:
+    model: shapes of the model.
+    engine: returned as it is if it names a size.
+    device_bytes: memory that JAX may take on the device; None where the device does not say.
+
+  Raises:
+    ConfigError: weights and steps leave no memory.
+  """
+  if engine.num_pages or engine.kv_memory_bytes or device_bytes is None:
+    return engine
+  needed = estimate_memory(model, dataclasses.replace(engine, num_pages=1))
+  left = int(device_bytes * (1 - _SLACK)) - needed.total_bytes
+  num_pages = left // (engine.page_size * model.kv_bytes_per_token)
+  if num_pages <= 0:
+    gib = lambda num_bytes: f"{num_bytes / 2**30:.2f} GiB"
+    raise ConfigError(
+        f"no memory is left for the KV pool: of {gib(device_bytes)}, weights take "
+        f"{gib(needed.weight_bytes)}, the largest step {gib(needed.logits_bytes)} for logits and "
+        f"{gib(needed.activation_bytes)} for activations: lower engine.max_rows or "
+        "engine.max_step_tokens, or take a smaller model.dtype")
+  return dataclasses.replace(engine, num_pages=num_pages)
+
+
 def num_kv_pages(model: ModelConfig, engine: EngineConfig) -> int:
-  """Pages of the KV pool: `num_pages`, or as many as `kv_memory_bytes` holds.
+  """Pages of the KV pool: `num_pages`, or as many as `kv_memory_bytes` or else 1 GiB hold.
 
   Raises:
     ConfigError: the bytes hold no page.
@@ -65,9 +98,10 @@ def num_kv_pages(model: ModelConfig, engine: EngineConfig) -> int:
   if engine.num_pages > 0:
     return engine.num_pages
   page_bytes = engine.page_size * model.kv_bytes_per_token
-  num_pages = engine.kv_memory_bytes // page_bytes
+  kv_bytes = engine.kv_memory_bytes or _DEFAULT_KV_BYTES
+  num_pages = kv_bytes // page_bytes
   if num_pages == 0:
-    raise ConfigError(f"engine.kv_memory_bytes={engine.kv_memory_bytes} holds no page of "
+    raise ConfigError(f"engine.kv_memory_bytes={kv_bytes} holds no page of "
                       f"{page_bytes} bytes ({engine.page_size} tokens): raise it, or lower "
                       "engine.page_size")
   return num_pages

@@ -119,6 +119,7 @@ def attend_items(q, kv_pages, schedule: gpu_schedule.Schedule, o_ref, part_ref, 
     _body(*refs[:9], kind=kind, tiling=tiling, blocks=blocks, scale=scale, window=window,
           soft_cap=soft_cap, interpreted=interpret is not None, **dict(zip(names, refs[9:])))
 
+  body.__name__ = f"attend_{kind}"  # what profiles call it
   params = {} if interpret is None else {"interpret": interpret}
   plgpu.kernel(
       body, out_type=(), scratch_types=[scratch[n] for n in names],

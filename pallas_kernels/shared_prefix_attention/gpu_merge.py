@@ -38,7 +38,7 @@ def merge_parts(merge, part, lse, o_ref, merged_lse_ref, *, num_kv_heads: int, g
   head_dim, dtype = o_ref.shape[-1], o_ref.dtype
   width = part.shape[-1]
 
-  def body(tokens, num_tokens, starts, slots, lse_rows, part, lse, o, merged_lse, stage):
+  def merge_parts_kernel(tokens, num_tokens, starts, slots, lse_rows, part, lse, o, merged_lse, stage):
     wg = lax.axis_index("wg")
     worker = lax.axis_index("cta") * _WARPGROUPS + wg
     workers = _CTAS * num_ctas * _WARPGROUPS
@@ -95,7 +95,7 @@ def merge_parts(merge, part, lse, o_ref, merged_lse_ref, *, num_kv_heads: int, g
 
   params = {} if interpret is None else {"interpret": interpret}
   plgpu.kernel(
-      body, out_type=(),
+      merge_parts_kernel, out_type=(),
       scratch_types=[plgpu.SMEM((_WARPGROUPS, width // head_dim, head_dim), dtype)],
       grid=(_CTAS * num_ctas,), grid_names=("cta",), num_threads=_WARPGROUPS, thread_name="wg",
       compiler_params=plgpu.CompilerParams(

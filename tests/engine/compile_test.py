@@ -8,8 +8,9 @@ import numpy as np
 import pytest
 
 from batchjax.cache.kv_state import init_kv_state
-from batchjax.config import EngineConfig
+from batchjax.config import ConfigError, EngineConfig
 from batchjax.engine import compile as compile_lib
+from batchjax.engine import startup
 from batchjax.engine.batch import Admission
 from batchjax.engine.pack import Bucket
 from batchjax.engine.sampling_inputs import SamplingFeatures, SamplingTable
@@ -32,7 +33,7 @@ def tiny_model() -> Model:
 
 
 def compiled(model, module_class, buckets, features=SamplingFeatures()):
-  state = compile_lib.init_state(model.config, ENGINE, NUM_PAGES, MAX_ROWS, features)
+  state = compile_lib.make_state_fn(model.config, ENGINE, NUM_PAGES, MAX_ROWS, features)()
   table = SamplingTable(MAX_ROWS, features, ())
   steps = compile_lib.compile_steps(
       module_class(model.config, PAGE_SIZE), model.params, state, buckets, features, table, None,
@@ -75,7 +76,7 @@ def test_each_shape_is_recorded_with_its_seconds():
 
 def test_state_begins_empty():
   config = fake_config()
-  state = compile_lib.init_state(config, ENGINE, 7, 3, SamplingFeatures())
+  state = compile_lib.make_state_fn(config, ENGINE, 7, 3, SamplingFeatures())()
   want = init_kv_state(config, 7, PAGE_SIZE)
   assert [pages.shape for pages in state.kv.pages] == [pages.shape for pages in want.pages]
   assert state.done.all() and len(state.done) == 3 and state.penalties is None
@@ -86,3 +87,25 @@ def test_admission_inputs_are_padded_to_one_shape():
   slot, prompt, output = compile_lib.admission_inputs(admission, 4)
   assert (slot, prompt.tolist(), output.tolist()) == (2, [4, 5, -1, -1], [6, -1, -1, -1])
   assert prompt.dtype == output.dtype == slot.dtype == np.int32
+
+
+def test_a_step_too_large_for_the_device_is_an_error_with_its_numbers():
+  steps, state = compiled(tiny_model(), Transformer, [MIXED])
+  record, = steps.records
+  pool_bytes = sum(pages.nbytes for pages in state.kv.pages)
+  assert record.argument_bytes > pool_bytes and record.temp_bytes > 0
+  needed = record.argument_bytes + record.temp_bytes
+  startup.check_memory(steps.records, needed)
+  startup.check_memory(steps.records, None)
+  with pytest.raises(ConfigError, match="'mixed 8' needs .* GiB more than.*engine.kv_memory_bytes"):
+    startup.check_memory(steps.records, needed - 1)
+
+
+def test_warming_up_changes_nothing(monkeypatch):
+  steps, state = compiled(Model(fake_config(), {}), FakeModel, [MIXED, DECODE])
+  before = jax.tree.map(np.array, state)
+  monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+  table = SamplingTable(MAX_ROWS, SamplingFeatures(), ())
+  after = startup.warm_up(steps, [MIXED, DECODE], {}, None, state, table, PAGE_SIZE,
+                          SamplingFeatures())
+  jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.array, after), before)

@@ -222,6 +222,25 @@ def test_dtypes(dtype):
   assert logits.shape == (2, config.vocab_size) and logits.dtype == jnp.float32
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_products_of_a_float32_model_are_done_in_float32(dtype):
+  config = dataclasses.replace(models.SHAPES["tiny_llama"], dtype=dtype)
+  model = models.Transformer(config, PAGE_SIZE)
+  inputs = pack(zip(new_rows(1, 6), np.arange(6)[None]), 8)
+
+  def step(params, inputs, kv):
+    hidden, _ = model.apply(params, inputs, kv)
+    return model.apply(params, hidden, method="logits")
+
+  params, kv = jax.eval_shape(lambda: ({"params": models.init_params(config, jax.random.key(0))},
+                                       init_kv_state(config, NUM_PAGES, PAGE_SIZE)))
+  text = jax.jit(step).lower(params, inputs, kv).as_text()
+  products = [line for line in text.splitlines() if "stablehlo.dot_general" in line]
+  assert len(products) > 4 * config.num_layers
+  exact = ["precision = [HIGHEST, HIGHEST]" in line for line in products]
+  assert all(exact) if dtype == "float32" else not any(exact)
+
+
 def test_boxed_parameters_work_like_unboxed_ones():
   config = models.SHAPES["tiny_gemma2"]
   boxed = jax.tree.map(lambda x: np.random.default_rng(0).normal(size=x.shape).astype(x.dtype),

@@ -62,7 +62,7 @@ def test_ridges_of_the_chips(name, ridge):
 
 
 def test_all_chips_are_listed_and_the_table_is_read_only():
-  assert set(cost.CHIPS) == {"cpu", "a100", "h100", "l4", "t4", "v5e", "v5p", "v6e", "tpu7x"}
+  assert set(cost.CHIPS) == {"cpu", "a100", "h100", "h200", "l4", "t4", "v5e", "v5p", "v6e", "tpu7x"}
   with pytest.raises(TypeError):
     cost.CHIPS["h100"] = H100
 

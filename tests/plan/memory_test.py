@@ -84,3 +84,16 @@ def test_check_fits_names_the_numbers_and_the_remedy():
   for part in ("40 prompt tokens", "max_tokens=9", "7 KV pages of 8", "has 4", "lower max_tokens"):
     assert part in errors[2]
   assert memory.check_fits(tree, np.array([2, 4, 9]), num_pages=7, page_size=8) == {}
+
+
+def test_an_automatic_pool_takes_what_is_left():
+  engine = EngineConfig(max_rows=1024, max_step_tokens=8192, page_size=64)
+  device_bytes = 76 * 10**9
+  settled = memory.settle(LLAMA_8B, engine, device_bytes)
+  assert 0.97 * device_bytes < memory.estimate_memory(LLAMA_8B, settled).total_bytes < device_bytes
+  assert memory.settle(LLAMA_8B, engine, None) is engine  # the device does not say
+  for named in (dict(num_pages=5), dict(kv_memory_bytes=1 << 30)):
+    named = dataclasses.replace(engine, **named)
+    assert memory.settle(LLAMA_8B, named, device_bytes) is named
+  with pytest.raises(ConfigError, match=r"of 14.90 GiB, weights take 14.96 GiB.*engine.max_rows"):
+    memory.settle(LLAMA_8B, engine, 16 * 10**9)

@@ -1,0 +1,23 @@
+"""What JAX says of a device."""
+
+from absl import logging
+import jax
+
+from batchjax.plan.cost import CHIPS, Chip
+
+
+def memory_limit(device: jax.Device) -> int | None:
+  """Bytes that JAX may take on a device; None where it does not say, as on CPUs."""
+  return (device.memory_stats() or {}).get("bytes_limit")
+
+
+def chip_of(device: jax.Device) -> Chip:
+  """The roofline that weighs padding against compiling; the nearest one, and a warning, if unknown."""
+  kind = device.device_kind.lower()
+  names = {"a100": "a100", "h100": "h100", "h200": "h200", "l4": "l4", "t4": "t4",
+           "v5 lite": "v5e", "v5e": "v5e", "v5": "v5p", "v6": "v6e", "7x": "tpu7x"}
+  default = {"cpu": "cpu", "tpu": "v5e"}.get(device.platform, "a100")
+  name = next((name for part, name in names.items() if part in kind), default)
+  if not any(part in kind for part in names) and device.platform != "cpu":
+    logging.warning("no roofline for %r: shapes are weighed by that of %s", device.device_kind, name)
+  return CHIPS[name]
