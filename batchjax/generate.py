@@ -1,7 +1,6 @@
 """Requests in, completions out: the whole job, and its only host/device junction."""
 
 import collections
-import concurrent.futures
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -33,7 +32,7 @@ class StepEvent(NamedTuple):
     batch, bucket: what ran, in which shape.
     stats: the scheduler after its results were taken in.
     generated_tokens: tokens that it drew.
-    host_secs: planning, packing and taking results in, while the device works.
+    host_secs: planning, packing, dispatch and taking results in, while the device works.
     step_secs: since the results before these came back.
   """
 
@@ -96,60 +95,52 @@ def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = E
   state = startup.warm_up(steps, buckets, model.params, transitions, make_state(), table,
                           engine.page_size, features)
 
-  def launch(bucket: Bucket, admissions: list[tuple], arguments: tuple) -> StepOutputs:
-    """Sends a step to the device. In a thread: a decode loop holds its caller until it ends."""
-    nonlocal state
-    with jax.transfer_guard("disallow"):
-      for tokens in admissions:
-        state = state.replace(penalties=steps["admit"](state.penalties, *tokens))
-      outputs, state = steps[bucket](model.params, transitions, state, *arguments)
-      return outputs
-
-  def dispatch(batch: Batch) -> tuple[Bucket, concurrent.futures.Future]:
-    """Packs a batch and hands it over; does not wait for it."""
+  def dispatch(batch: Batch, state: EngineState) -> tuple[Bucket, StepOutputs, EngineState]:
+    """Sends a batch to the device; does not wait for it."""
     for admission in batch.admissions:
       table.set(admission.slot, admission.sampling_params, admission.sample_index)
-    admissions = [compile_lib.admission_inputs(admission, config.max_len)
-                  for admission in batch.admissions if features.penalties]
+      if features.penalties:
+        tokens = jax.device_put(compile_lib.admission_inputs(admission, config.max_len))
+        state = state.replace(penalties=steps["admit"](state.penalties, *tokens))
     bucket = planner.pick_bucket(buckets, batch.kind, batch.num_tokens)
     inputs = pack(batch, bucket, table, page_size=engine.page_size,
                   prompt_logprobs=features.prompt_logprobs)
     count = (np.int32(batch.num_steps),) if batch.kind == "decode" else ()
-    return bucket, launcher.submit(launch, bucket, *jax.device_put((admissions, (inputs, *count))))
+    arguments = jax.device_put((inputs, *count))
+    return bucket, *steps[bucket](model.params, transitions, state, *arguments)
 
-  with concurrent.futures.ThreadPoolExecutor(1) as launcher:
-    while window:
-      observe(plan)
-      scheduler = planner.make_scheduler(
-          window, plan, engine, max_rows,
-          max(bucket.num_tokens for bucket in buckets), stop_table)
-      in_flight: collections.deque = collections.deque()
-      last_read = time.perf_counter()
-      while not scheduler.finished:
-        completions = []
-        with jax.transfer_guard("disallow"):  # every crossing is one of the explicit ones here
+  while window:
+    observe(plan)
+    scheduler = planner.make_scheduler(
+        window, plan, engine, max_rows,
+        max(bucket.num_tokens for bucket in buckets), stop_table)
+    in_flight: collections.deque = collections.deque()
+    last_read = time.perf_counter()
+    while not scheduler.finished:
+      completions = []
+      with jax.transfer_guard("disallow"):  # every crossing is one of the explicit ones here
+        start = time.perf_counter()
+        batch = scheduler.next_batch()
+        if batch is not None:
+          bucket, outputs, state = dispatch(batch, state)
+          in_flight.append((batch, bucket, outputs, time.perf_counter() - start))
+        if batch is None and not in_flight:
+          raise RuntimeError(f"the scheduler has nothing to run and nothing to wait for: "
+                             f"{scheduler.stats}")
+        if batch is None or len(in_flight) > engine.lookahead:
+          batch, bucket, outputs, host_secs = in_flight.popleft()
+          outputs = jax.device_get(outputs)
           start = time.perf_counter()
-          batch = scheduler.next_batch()
-          if batch is not None:
-            bucket, outputs = dispatch(batch)
-            in_flight.append((batch, bucket, outputs, time.perf_counter() - start))
-          if batch is None and not in_flight:
-            raise RuntimeError(f"the scheduler has nothing to run and nothing to wait for: "
-                               f"{scheduler.stats}")
-          if batch is None or len(in_flight) > engine.lookahead:
-            batch, bucket, outputs, host_secs = in_flight.popleft()
-            outputs = jax.device_get(outputs.result())
-            start = time.perf_counter()
-            completions = scheduler.retire(batch, outputs)
-            now = time.perf_counter()
-            observe(StepEvent(batch, bucket, scheduler.stats, int((outputs.tokens >= 0).sum()),
-                              host_secs + now - start, now - last_read))
-            last_read = now
-        yield from completions
-      window, is_only_window = next(windows, ((), True))
-      if window:
-        plan = _plan(config, window, engine, chip, buckets=buckets, is_only_window=is_only_window,
-                     stop_table=stop_table)
+          completions = scheduler.retire(batch, outputs)
+          now = time.perf_counter()
+          observe(StepEvent(batch, bucket, scheduler.stats, int((outputs.tokens >= 0).sum()),
+                            host_secs + now - start, now - last_read))
+          last_read = now
+      yield from completions
+    window, is_only_window = next(windows, ((), True))
+    if window:
+      plan = _plan(config, window, engine, chip, buckets=buckets, is_only_window=is_only_window,
+                   stop_table=stop_table)
 
 
 def _windows(requests: Iterable[Request], size: int) -> Iterator[tuple[list[Request], bool]]:
