@@ -218,8 +218,7 @@ def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_s
 
   @pl.when(wg < warpgroups)
   def _compute():
-    # What the registers of a multiprocessor leave beside those of the loading warpgroup.
-    plgpu.set_max_registers(232 if warpgroups <= 2 else 104, action="increase")
+    plgpu.set_max_registers(232, action="increase")
     row_layout = plgpu.Layout.WGMMA.reduce(1)
     kv_set = wg if sets > 1 else 0
     rows_of = lambda value: plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), row_layout)
