@@ -11,7 +11,6 @@ traced, and where device time went is in the line too.
 """
 
 import dataclasses
-import functools
 import os
 import sys
 import time
@@ -21,15 +20,15 @@ from absl import flags
 import jax
 from ml_collections import config_flags
 
-from batchjax import bench, roofline, trace
+from batchjax import bench, roofline, trace, workload_flags
 from batchjax.config import ConfigError, from_config_dict, JobConfig
 from batchjax.runner import configure_jax
 from batchjax.types import SamplingParams
 from batchjax.weights import load_model, WeightError
-from batchjax.workloads import default_sizes, Draw, WORKLOADS
+from batchjax.workloads import Draw, WORKLOADS
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.")
-_WORKLOAD = flags.DEFINE_enum("workload", None, sorted(WORKLOADS), "What to run.", required=True)
+_WORKLOAD = workload_flags.define()
 _SEED = flags.DEFINE_integer("seed", 0, "Of the tokens.")
 _TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of all requests; 0 is greedy.")
 _TOP_P = flags.DEFINE_float("top_p", 1.0, "Of all requests.")
@@ -40,25 +39,12 @@ _CEILINGS = flags.DEFINE_bool("measure_ceilings", False, "Measure what the devic
 _PROFILE = flags.DEFINE_string("profile", None, "Folder for a trace of the last run.")
 _PROFILE_AFTER = flags.DEFINE_float("profile_after_secs", 2.0, "When the trace begins.")
 _PROFILE_SECS = flags.DEFINE_float("profile_secs", 2.0, "How long it lasts.")
-_DEFINE = {bool: flags.DEFINE_bool,
-           int: functools.partial(flags.DEFINE_integer, lower_bound=1),
-           float: functools.partial(flags.DEFINE_float, lower_bound=0.0)}
-_KINDS = {size: type(default) for name in WORKLOADS
-          for size, default in default_sizes(name).items()}
-_SIZES = {size: _DEFINE[kind](size, None, "Of " + ", ".join(
-    f"{name} ({default_sizes(name)[size]})" for name in WORKLOADS if size in default_sizes(name)))
-          for size, kind in _KINDS.items()}
 
 
 def main(argv: list[str]) -> int:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
-  sizes = default_sizes(_WORKLOAD.value)
-  given = {name: flag.value for name, flag in _SIZES.items() if flag.value is not None}
-  if unknown := sorted(set(given) - set(sizes)):
-    raise app.UsageError(f"--workload={_WORKLOAD.value} has no {', '.join(unknown)}; "
-                         f"it has {', '.join(sizes)}")
-  sizes |= given
+  sizes = workload_flags.sizes_of(_WORKLOAD.value)
   sampling = {"temperature": _TEMPERATURE.value, "top_p": _TOP_P.value, "top_k": _TOP_K.value}
   try:
     config = from_config_dict(JobConfig, _CONFIG.value.to_dict())

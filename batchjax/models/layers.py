@@ -1,7 +1,7 @@
 """Building blocks of the transformer; every parameter carries logical axis names.
 
-Einsum letters: t tokens, d model, k KV heads, g query heads per KV head
-(j counts g plus its key and value), h head dim, f feed-forward, c gate or up.
+Weights are stored as matrices, and outputs split: TPUs tile the last two axes, and would
+copy a weight [D, 2, F] to another layout in every step.
 """
 
 import math
@@ -98,16 +98,16 @@ class Attention(nn.Module):
     """Returns the output [T, D] and the pool with this step's KV written."""
     c = self.config
     group = c.num_heads // c.num_kv_heads
-    qkv_shape = (c.hidden_size, c.num_kv_heads, group + 2, c.head_dim)
+    qkv_shape = (c.num_kv_heads, group + 2, c.head_dim)
     out_shape = (c.num_kv_heads, group, c.head_dim, c.hidden_size)
     head_axes = ("kv_heads", "heads_per_kv_head", "head_dim")
 
     w = self.param("qkv", nn.with_logical_partitioning(
-        _dense_init(0, (1, 2, 3)), ("embed", *head_axes)), qkv_shape, c.dtype)
-    qkv = jnp.einsum("td,dkjh->tkjh", x, w)
+        _dense_init(0, 1), ("embed", "kv_heads")), (c.hidden_size, math.prod(qkv_shape)), c.dtype)
+    qkv = (x @ w).reshape(-1, *qkv_shape)
     if c.qkv_bias:
       qkv += self.param("qkv_bias", nn.with_logical_partitioning(
-          nn.initializers.zeros, head_axes), qkv_shape[1:], c.dtype)
+          nn.initializers.zeros, head_axes), qkv_shape, c.dtype)
     q, k, v = qkv[:, :, :group], qkv[:, :, group], qkv[:, :, group + 1]
     if c.qk_norm:
       norm = lambda name: RMSNorm(c.norm_eps, c.norm_plus_one, c.dtype, "head_dim", name=name)
@@ -137,13 +137,12 @@ class FeedForward(nn.Module):
   def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
     c = self.config
     gate_up = self.param("gate_up", nn.with_logical_partitioning(
-        _dense_init(0, (1, 2)), ("embed", "gate_up", "ffn")),
-        (c.hidden_size, 2, c.ffn_size), c.dtype)
+        _dense_init(0, 1), ("embed", "ffn")), (c.hidden_size, 2 * c.ffn_size), c.dtype)
     down = self.param("down", nn.with_logical_partitioning(
         _dense_init(0, 1), ("ffn", "embed")), (c.ffn_size, c.hidden_size), c.dtype)
-    h = jnp.einsum("td,dcf->tcf", x, gate_up)
+    gate, up = jnp.split(x @ gate_up, 2, axis=1)
     act = jax.nn.silu if c.activation == "silu" else jax.nn.gelu  # gelu: the tanh form
-    return jnp.einsum("tf,fd->td", act(h[:, 0]) * h[:, 1], down)
+    return (act(gate) * up) @ down
 
 
 class VocabTable(nn.Module):

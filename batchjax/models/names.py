@@ -15,23 +15,29 @@ class Target:
   """The part of a parameter that one Hugging Face tensor fills.
 
   A loader allocates the parameter and, tensor by tensor, assigns
-  `parameter[target.index] = target.arrange(tensor)`.
+  `target.part_of(parameter)[...] = target.arrange(tensor)`.
 
   Attributes:
     path: of the parameter in the tree.
     shape: the tensor is reshaped to this first (its own shape says the rest),
     axes: then transposed by this.
-    index: what it then fills; () is the whole parameter.
+    index: what it then fills; () is the whole parameter,
+    view: seen in this shape; () is its own.
   """
 
   path: tuple[str, ...]
   shape: tuple[int, ...]
   axes: tuple[int, ...]
   index: tuple[int | slice, ...] = ()
+  view: tuple[int, ...] = ()
 
   def arrange(self, tensor: np.ndarray) -> np.ndarray:
-    """The tensor as `parameter[index]` holds it; a view where numpy can."""
+    """The tensor as `part_of` holds it; a view where numpy can."""
     return tensor.reshape(self.shape).transpose(self.axes)
+
+  def part_of(self, parameter: np.ndarray) -> np.ndarray:
+    """What the tensor fills of a parameter: a view."""
+    return parameter.reshape(self.view or parameter.shape)[self.index]
 
 
 def decoder_map(config: ModelConfig, ffn_norm: str = "post_attention_layernorm",
@@ -56,8 +62,9 @@ def decoder_map(config: ModelConfig, ffn_norm: str = "post_attention_layernorm",
     return Target(path, shape, (1, 0), index)
 
   def qkv_weight(shape, index, *path):
-    """[heads * H, D] becomes [D, heads, H]."""
-    return Target(path, (*shape, c.hidden_size), (len(shape), *range(len(shape))), (ALL, *index))
+    """[heads * H, D] becomes [D, heads, H] of a [D, K, G + 2, H] that is stored as a matrix."""
+    return Target(path, (*shape, c.hidden_size), (len(shape), *range(len(shape))), (ALL, *index),
+                  (c.hidden_size, c.num_kv_heads, group + 2, c.head_dim))
 
   def qkv_bias(shape, index, *path):
     return Target(path, shape, tuple(range(len(shape))), index)
@@ -86,7 +93,9 @@ def decoder_map(config: ModelConfig, ffn_norm: str = "post_attention_layernorm",
     names[f"{theirs}self_attn.o_proj.weight"] = Target(
         (ours, "attn", "out"), (c.hidden_size, *heads), (1, 2, 3, 0))
     matrix = (c.ffn_size, c.hidden_size)
-    names[f"{theirs}mlp.gate_proj.weight"] = transposed(matrix, (ALL, 0), ours, "ffn", "gate_up")
-    names[f"{theirs}mlp.up_proj.weight"] = transposed(matrix, (ALL, 1), ours, "ffn", "gate_up")
+    for j, name in enumerate(("gate_proj", "up_proj")):
+      columns = slice(j * c.ffn_size, (j + 1) * c.ffn_size)
+      names[f"{theirs}mlp.{name}.weight"] = transposed(
+          matrix, (ALL, columns), ours, "ffn", "gate_up")
     names[f"{theirs}mlp.down_proj.weight"] = transposed(matrix[::-1], (), ours, "ffn", "down")
   return names

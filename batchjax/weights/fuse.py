@@ -55,7 +55,7 @@ def unfuse(targets: Mapping[str, Target], params: Mapping[str, Any],
     if "/".join(target.path) != path:
       path = "/".join(target.path)
       buffer = jax.device_get(by_path[path])
-    part = buffer[target.index] if target.index else buffer
+    part = target.part_of(buffer)
     yield name, np.ascontiguousarray(
         part.transpose(np.argsort(target.axes)).reshape(stored_shape(name, target)))
 
@@ -86,7 +86,7 @@ def _check_names(config: ModelConfig, targets: Mapping[str, Target],
 
 
 def _fill(buffer: np.ndarray, target: Target, tensors: StoredTensors, name: str) -> None:
-  part = buffer[target.index] if target.index else buffer
+  part = target.part_of(buffer)
   source = target.arrange(tensors.read(name))
   is_transposed = target.axes != tuple(range(source.ndim))
   width = _STRIP if is_transposed else source.shape[-1]

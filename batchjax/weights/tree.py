@@ -15,7 +15,7 @@ def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
   """Path, "/" between modules, and shape of every parameter, in the order of a forward pass."""
   d, f, h = config.hidden_size, config.ffn_size, config.head_dim
   k, g = config.num_kv_heads, config.num_heads // config.num_kv_heads
-  layer = {"attn_norm/scale": (d,), "attn/qkv": (d, k, g + 2, h)}
+  layer = {"attn_norm/scale": (d,), "attn/qkv": (d, k * (g + 2) * h)}
   if config.qkv_bias:
     layer["attn/qkv_bias"] = (k, g + 2, h)
   if config.qk_norm:
@@ -23,7 +23,7 @@ def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
   layer["attn/out"] = (k, g, h, d)
   if config.post_norms:
     layer["post_attn_norm/scale"] = (d,)
-  layer |= {"ffn_norm/scale": (d,), "ffn/gate_up": (d, 2, f), "ffn/down": (f, d)}
+  layer |= {"ffn_norm/scale": (d,), "ffn/gate_up": (d, 2 * f), "ffn/down": (f, d)}
   if config.post_norms:
     layer["post_ffn_norm/scale"] = (d,)
 

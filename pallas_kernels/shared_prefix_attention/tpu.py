@@ -13,7 +13,10 @@ import jax.numpy as jnp
 
 from pallas_kernels.shared_prefix_attention import tpu_kernel
 from pallas_kernels.shared_prefix_attention import tpu_schedule
-from pallas_kernels.shared_prefix_attention.tpu_schedule import LANES, Schedule, Tiling
+from pallas_kernels.shared_prefix_attention.tpu_schedule import advance, LANES, Schedule, Tiling
+
+__all__ = ("advance", "attend", "default_tiling", "generation_of", "make_schedule", "tuned",
+           "why_not")
 
 GENERATIONS = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p",
                "TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "tpu7x", "TPU v7x": "tpu7x"}

@@ -26,7 +26,8 @@ def test_every_element_is_filled_once(shape):
   config = models.SHAPES[shape]
   counts = zeros(config)
   for target in models.name_map(config).values():
-    find(counts, target.path)[target.index] += target.arrange(np.ones(target.shape))
+    part = target.part_of(find(counts, target.path))
+    part += target.arrange(np.ones(target.shape))
   for path, count in jax.tree_util.tree_leaves_with_path(counts):
     assert (count == 1).all(), path
 
@@ -36,7 +37,7 @@ def test_arranged_tensors_have_the_shape_of_their_slot(shape):
   config = models.SHAPES[shape]
   params = zeros(config)
   for name, target in models.name_map(config).items():
-    slot = find(params, target.path)[target.index]
+    slot = target.part_of(find(params, target.path))
     assert target.arrange(np.zeros(target.shape)).shape == slot.shape, name
 
 
@@ -46,14 +47,15 @@ def test_qkv_head_order():
   rng = np.random.default_rng(0)
   tensors = {part: rng.normal(size=(heads * 8, 32)) for part, heads in
              (("q", 4), ("k", 2), ("v", 2))}
-  qkv, bias = np.zeros((32, 2, 4, 8)), np.zeros((2, 4, 8))
+  qkv, bias = np.zeros((32, 2 * 4 * 8)), np.zeros((2, 4, 8))
   for part, tensor in tensors.items():
     target = names[f"model.layers.1.self_attn.{part}_proj.weight"]
     assert target.path == ("layers_1", "attn", "qkv")
-    qkv[target.index] = target.arrange(tensor)
+    target.part_of(qkv)[...] = target.arrange(tensor)
     target = names[f"model.layers.1.self_attn.{part}_proj.bias"]
     assert target.path == ("layers_1", "attn", "qkv_bias")
-    bias[target.index] = target.arrange(tensor[:, 0])
+    target.part_of(bias)[...] = target.arrange(tensor[:, 0])
+  qkv = qkv.reshape(32, 2, 4, 8)
   x = rng.normal(size=32)
   for k in range(2):
     for g in range(2):
@@ -76,10 +78,10 @@ def test_out_gate_up_and_down():
 
   gate, up = (names[f"model.layers.0.mlp.{name}_proj.weight"] for name in ("gate", "up"))
   assert gate.path == up.path == ("layers_0", "ffn", "gate_up")
-  fused = np.zeros((32, 2, 64))
-  fused[gate.index], fused[up.index] = (t.arrange(np.full((64, 32), v))
-                                        for t, v in ((gate, 1), (up, 2)))
-  assert (fused[:, 0] == 1).all() and (fused[:, 1] == 2).all()
+  fused = np.zeros((32, 2 * 64))
+  for target, value in ((gate, 1), (up, 2)):
+    target.part_of(fused)[...] = target.arrange(np.full((64, 32), value))
+  assert (fused[:, :64] == 1).all() and (fused[:, 64:] == 2).all()
 
   down = rng.normal(size=(32, 64))
   np.testing.assert_array_equal(names["model.layers.0.mlp.down_proj.weight"].arrange(down), down.T)

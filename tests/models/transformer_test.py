@@ -109,7 +109,7 @@ def load_golden(family: str) -> tuple[ModelConfig, dict]:
     parameter = params
     for key in target.path:
       parameter = parameter[key]
-    parameter[target.index] = target.arrange(tensors[name])
+    target.part_of(parameter)[...] = target.arrange(tensors[name])
   return config, params
 
 
@@ -199,10 +199,10 @@ def test_parameter_tree():
       "embed/embedding": (256, 32), "lm_head/kernel": (256, 32), "final_norm/scale": (32,),
       "layers_0/attn_norm/scale": (32,), "layers_0/post_attn_norm/scale": (32,),
       "layers_0/ffn_norm/scale": (32,), "layers_0/post_ffn_norm/scale": (32,),
-      "layers_0/attn/qkv": (32, 2, 4, 8), "layers_0/attn/qkv_bias": (2, 4, 8),
+      "layers_0/attn/qkv": (32, 2 * 4 * 8), "layers_0/attn/qkv_bias": (2, 4, 8),
       "layers_0/attn/q_norm/scale": (8,), "layers_0/attn/k_norm/scale": (8,),
       "layers_0/attn/out": (2, 2, 8, 32),
-      "layers_0/ffn/gate_up": (32, 2, 64), "layers_0/ffn/down": (64, 32)}
+      "layers_0/ffn/gate_up": (32, 2 * 64), "layers_0/ffn/down": (64, 32)}
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -218,10 +218,11 @@ def test_smollm2_loads():
   assert (c.bos_token_id, c.eos_token_ids, c.rope_theta) == (1, (2,), 100_000.0)
   assert sum(name.startswith("layers_") for name in params) == 30
   assert sum(leaf.size for leaf in jax.tree.leaves(params)) == 134_515_008
-  assert params["layers_0"]["attn"]["qkv"].shape == (576, 3, 5, 64)
+  assert params["layers_0"]["attn"]["qkv"].shape == (576, 3 * 5 * 64)
   # Rows i and i + 32 of a query or key head turn together and were trained to like norms: 0.16
   # apart in the logarithm; 0.41 where the order is the file's own.
   rows = np.stack([np.linalg.norm(np.asarray(params[f"layers_{i}"]["attn"]["qkv"], np.float32),
-                                  axis=0) for i in range(30)])  # [L, K, G + 2, H]
+                                  axis=0) for i in range(30)])
+  rows = rows.reshape(30, 3, 5, 64)  # [L, K, G + 2, H]
   apart = np.abs(np.log(rows[..., :32] / rows[..., 32:])).mean(axis=(0, 1, 3))
   assert (apart[:4] < 0.25).all(), apart

@@ -85,19 +85,19 @@ def test_fused_parameters_hold_q_k_v_and_gate_up_in_order():
   layer = load(GOLDENS / "llama").params["params"]["layers_1"]
   group, h = c.num_heads // c.num_kv_heads, c.head_dim
   prefix = "model.layers.1."
+  qkv = layer["attn"]["qkv"].reshape(c.hidden_size, c.num_kv_heads, group + 2, h)
   for k in range(c.num_kv_heads):
     for g in range(group):
       head = slice((k * group + g) * h, (k * group + g + 1) * h)
-      np.testing.assert_array_equal(layer["attn"]["qkv"][:, k, g],
+      np.testing.assert_array_equal(qkv[:, k, g],
                                     stored[prefix + "self_attn.q_proj.weight"][head].T)
       np.testing.assert_array_equal(layer["attn"]["out"][k, g],
                                     stored[prefix + "self_attn.o_proj.weight"][:, head].T)
     for j, name in ((group, "k_proj"), (group + 1, "v_proj")):
       np.testing.assert_array_equal(
-          layer["attn"]["qkv"][:, k, j],
-          stored[f"{prefix}self_attn.{name}.weight"][k * h:(k + 1) * h].T)
+          qkv[:, k, j], stored[f"{prefix}self_attn.{name}.weight"][k * h:(k + 1) * h].T)
   for part, name in ((0, "gate_proj"), (1, "up_proj")):
-    np.testing.assert_array_equal(layer["ffn"]["gate_up"][:, part],
+    np.testing.assert_array_equal(np.split(layer["ffn"]["gate_up"], 2, axis=1)[part],
                                   stored[f"{prefix}mlp.{name}.weight"].T)
 
 
@@ -267,6 +267,6 @@ def test_the_name_map_fills_every_element_once(shape):
   counts = {path: np.zeros(s, int) for path, s in weights.param_shapes(config).items()}
   for target in models.name_map(config).values():
     buffer = counts["/".join(target.path)]
-    part = buffer[target.index] if target.index else buffer
+    part = target.part_of(buffer)
     part += target.arrange(np.ones(target.shape, int))
   assert all((count == 1).all() for count in counts.values())

@@ -65,7 +65,7 @@ def test_does_not_overwrite(tmp_path):
 
 @pytest.mark.parametrize("changes,message", [
     (dict(qk_norm=True), r"lacks the parameter layers_0/attn/q_norm/scale, expected shape \(16,\)"),
-    (dict(ffn_size=96), r"gate_up has shape \(32, 2, 48\), expected \(32, 2, 96\)"),
+    (dict(ffn_size=96), r"gate_up has shape \(32, 96\), expected \(32, 192\)"),
     (dict(tie_embeddings=True), r"\['lm_head/kernel'\] are not parameters of this llama model"),
 ])
 def test_faults_name_the_parameter_and_the_folder(changes, message, tmp_path):

@@ -53,8 +53,8 @@ def test_scales_keep_activations_in_range(shape):
   residual = (2 * config.num_layers) ** -0.5
   for i in range(config.num_layers):
     layer = f"layers_{i}/"
-    assert 0.8 < np.einsum("td,dkjh->tkjh", x, params[layer + "attn/qkv"]).std() < 1.25
-    assert 0.8 < np.einsum("td,dcf->tcf", x, params[layer + "ffn/gate_up"]).std() < 1.25
+    assert 0.8 < (x @ params[layer + "attn/qkv"]).std() < 1.25
+    assert 0.8 < (x @ params[layer + "ffn/gate_up"]).std() < 1.25
     assert 0.8 < (width @ params[layer + "ffn/down"]).std() / residual < 1.25
     out = params[layer + "attn/out"]
     heads = rng.standard_normal((512, *out.shape[:3]))
