@@ -1,14 +1,23 @@
 """What JAX says of a device."""
 
+from typing import Any
+
 from absl import logging
 import jax
 
 from batchjax.plan.cost import CHIPS, Chip
 
 
-def memory_limit(device: jax.Device) -> int | None:
-  """Bytes that JAX may take on a device; None where it does not say, as on CPUs."""
-  return (device.memory_stats() or {}).get("bytes_limit")
+def memory_limit(device: jax.Device, params: Any = None) -> int | None:
+  """Bytes of a device for a job, its `params` included; what else lies there already is not.
+
+  None where the device does not say, as on CPUs.
+  """
+  stats = device.memory_stats() or {}
+  if "bytes_limit" not in stats:
+    return None
+  ours = sum(x.nbytes for x in jax.tree.leaves(params))
+  return stats["bytes_limit"] - max(0, stats.get("bytes_in_use", 0) - ours)
 
 
 def chip_of(device: jax.Device) -> Chip:

@@ -74,7 +74,7 @@ def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = E
   if not window:
     return
   device, config = jax.devices()[0], model.config
-  chip, device_bytes = chip_of(device), memory_limit(device)
+  chip, device_bytes = chip_of(device), memory_limit(device, model.params)
   engine = memory.settle(config, engine, device_bytes)
   if features is None:
     features = SamplingFeatures.of((r.sampling_params for r in window), config.eos_token_ids)

@@ -20,6 +20,9 @@ _LOGITS_COPIES = 3
 _DEFAULT_KV_BYTES = 1 << 30
 # Part of an accelerator's memory that JAX gets; the rest is the driver's and its libraries'.
 DEVICE_SHARE = 0.95
+# An automatic pool has a multiple of this many pages: else a few bytes more in use somewhere would
+# change every compiled shape, and the persistent cache be of no use.
+_PAGE_MULTIPLE = 32
 # Part of that which an automatic pool leaves alone: what the estimate does not see, and the
 # allocator's own losses.
 _SLACK = 0.02
@@ -79,6 +82,7 @@ def settle(model: ModelConfig, engine: EngineConfig, device_bytes: int | None) -
   needed = estimate_memory(model, dataclasses.replace(engine, num_pages=1))
   left = int(device_bytes * (1 - _SLACK)) - needed.total_bytes
   num_pages = left // (engine.page_size * model.kv_bytes_per_token)
+  num_pages -= num_pages % _PAGE_MULTIPLE
   if num_pages <= 0:
     gib = lambda num_bytes: f"{num_bytes / 2**30:.2f} GiB"
     raise ConfigError(

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from batchjax.config import ConfigError, EngineConfig
-from batchjax.device import chip_of
+from batchjax.device import chip_of, memory_limit
 from batchjax.engine.compile import CompileRecord
 from batchjax.generate import StepEvent, generate
 from batchjax.models import SHAPES
@@ -168,6 +168,19 @@ def test_a_request_that_never_fits_is_named():
   big = Request("big", np.zeros(500, np.int32), SamplingParams(max_tokens=1))
   with pytest.raises(ConfigError, match="'big'.*num_pages"):
     list(generate(FAKE, [*greedy(2), big], ENGINE, module_class=FakeModel))
+
+
+def test_memory_that_others_hold_is_not_ours():
+  class Device:
+    def __init__(self, **stats):
+      self.memory_stats = lambda: stats or None
+
+  params = {"w": np.zeros(100, np.float32)}
+  assert memory_limit(Device()) is None
+  assert memory_limit(Device(bytes_limit=5000)) == 5000
+  assert memory_limit(Device(bytes_limit=5000, bytes_in_use=1400), params) == 4000
+  assert memory_limit(Device(bytes_limit=5000, bytes_in_use=300), params) == 5000
+  assert memory_limit(jax.devices()[0], params) is None
 
 
 def test_every_device_has_a_roofline(caplog):

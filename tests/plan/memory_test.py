@@ -91,6 +91,7 @@ def test_an_automatic_pool_takes_what_is_left():
   device_bytes = 76 * 10**9
   settled = memory.settle(LLAMA_8B, engine, device_bytes)
   assert 0.97 * device_bytes < memory.estimate_memory(LLAMA_8B, settled).total_bytes < device_bytes
+  assert memory.settle(LLAMA_8B, engine, device_bytes - (1 << 20)) == settled  # cached shapes
   assert memory.settle(LLAMA_8B, engine, None) is engine  # the device does not say
   for named in (dict(num_pages=5), dict(kv_memory_bytes=1 << 30)):
     named = dataclasses.replace(engine, **named)
