@@ -54,11 +54,19 @@ CHIPS = MappingProxyType({chip.name: chip for chip in (
 
 @dataclasses.dataclass(frozen=True)
 class StepCost:
-  """What one step costs: operations, bytes moved, and the seconds that follow from them."""
+  """What one step costs.
+
+  Attributes:
+    flops, hbm_bytes: operations, and bytes of device memory moved.
+    secs: a floor: products and attention overlap as if they were one kernel.
+    serial_secs: the same with attention after the products, as the layers of a step run them. While
+      attention reads KV, no padding is free.
+  """
 
   flops: float
   hbm_bytes: float
   secs: float
+  serial_secs: float
 
 
 def step_cost(model: ModelConfig, chip: Chip, num_tokens: int, num_sampled: int,
@@ -71,6 +79,7 @@ def step_cost(model: ModelConfig, chip: Chip, num_tokens: int, num_sampled: int,
                 + kv_bytes_per_token * (kv_read_tokens + num_tokens)
     secs      = max(flops / peak, hbm_bytes / bandwidth) + step_overhead_secs
 
+  and `serial_secs` the sum of two such maxima, one of the terms with attn_pairs and kv, one of the rest.
   P_layers are the parameters of all layers, each read once per step; D * V is
   the unembedding. Activations are taken to stay on the chip. It is a floor: no
   measured step is faster.
@@ -87,13 +96,16 @@ def step_cost(model: ModelConfig, chip: Chip, num_tokens: int, num_sampled: int,
   peak = chip.f32_flops if model.dtype == "float32" else chip.bf16_flops
   unembedding = model.hidden_size * model.vocab_size
   layer_params = model.num_params - unembedding * (1 if model.tie_embeddings else 2)
-  flops = (2 * num_tokens * layer_params + 2 * num_sampled * unembedding
-           + 4 * attn_pairs * model.num_heads * model.head_dim * model.num_layers)
+  flops = 2 * num_tokens * layer_params + 2 * num_sampled * unembedding
   hbm_bytes = (itemsize * (layer_params + num_tokens * model.hidden_size)
-               + (itemsize * unembedding if num_sampled else 0)
-               + model.kv_bytes_per_token * (kv_read_tokens + num_tokens))
-  secs = max(flops / peak, hbm_bytes / chip.hbm_bytes_per_sec) + chip.step_overhead_secs
-  return StepCost(float(flops), float(hbm_bytes), secs)
+               + (itemsize * unembedding if num_sampled else 0))
+  attn_flops = 4 * attn_pairs * model.num_heads * model.head_dim * model.num_layers
+  attn_bytes = model.kv_bytes_per_token * (kv_read_tokens + num_tokens)
+  secs = lambda flops, hbm_bytes: max(flops / peak, hbm_bytes / chip.hbm_bytes_per_sec)
+  total = float(flops + attn_flops), float(hbm_bytes + attn_bytes)
+  return StepCost(
+      *total, secs=secs(*total) + chip.step_overhead_secs,
+      serial_secs=secs(flops, hbm_bytes) + secs(attn_flops, attn_bytes) + chip.step_overhead_secs)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,7 +32,7 @@ class Prediction:
   """What the simulated schedule says of a window.
 
   Attributes:
-    secs: by the roofline of the chip, padding included; a floor.
+    secs: by the roofline of the chip, attention after the products, padding included.
     num_mixed, num_decode: dispatches of each kind.
     padding_waste: part of the launched tokens that is padding.
     peak_pages: most pages in use.
@@ -126,6 +126,9 @@ def make_plan(model: ModelConfig, requests: Sequence[Request], engine: EngineCon
   shapes = simulate.simulate(
       make_scheduler(likely, plan, engine, max_rows, max_tokens_mixed, stop_table),
       _MAX_DISPATCHES, max(p.top_logprobs for p in params))
+  if is_only_window and len(shapes) < _MAX_DISPATCHES and all(p.ignore_eos for p in params):
+    # The simulation is the job: where the pool holds fewer rows, no step need be wider.
+    max_rows = min(max_rows, _round_up(max(shape.num_slots for shape in shapes), _ROW_MULTIPLE))
   num_shared = max_rows * engine.max_levels
   if is_only_window:
     num_shared = min(num_shared, int((tree.num_rows[1:] > 1).sum()))
@@ -137,6 +140,10 @@ def make_plan(model: ModelConfig, requests: Sequence[Request], engine: EngineCon
                    num_pages)
   return dataclasses.replace(plan, buckets=buckets,
                              prediction=_predict(model, chip, shapes, scale, buckets))
+
+
+def _round_up(size: int, multiple: int) -> int:
+  return -(-size // multiple) * multiple
 
 
 def _with_likely_lengths(requests: Sequence[Request]) -> list[Request]:

@@ -8,7 +8,7 @@ import numpy as np
 
 from batchjax.config import ModelConfig
 from batchjax.engine.batch import Batch
-from batchjax.engine.scheduler import Scheduler
+from batchjax.engine.scheduler import Scheduler, SchedulerStats
 from batchjax.plan.cost import Chip, step_cost
 from batchjax.types import StepOutputs
 
@@ -24,6 +24,7 @@ class StepShape:
     num_prompt_tokens: prompt tokens computed.
     kv_read_tokens, attn_pairs: see `cost.step_cost`; of the first iteration.
     used_pages: pages held.
+    num_slots: rows that held a slot.
   """
 
   kind: str
@@ -34,11 +35,12 @@ class StepShape:
   kv_read_tokens: int
   attn_pairs: int
   used_pages: int
+  num_slots: int
 
   def secs(self, model: ModelConfig, chip: Chip, num_tokens: int) -> float:
-    """Seconds by the roofline when padded to `num_tokens`."""
+    """Seconds by the roofline when padded to `num_tokens`, attention after the products."""
     return self.num_steps * step_cost(model, chip, num_tokens, self.num_rows,
-                                      self.kv_read_tokens, self.attn_pairs).secs
+                                      self.kv_read_tokens, self.attn_pairs).serial_secs
 
 
 def simulate(scheduler: Scheduler, max_dispatches: int, num_top: int = 0) -> list[StepShape]:
@@ -54,12 +56,12 @@ def simulate(scheduler: Scheduler, max_dispatches: int, num_top: int = 0) -> lis
     if scheduler.finished:
       break
     batch = scheduler.next_batch()
-    shapes.append(_shape(batch, scheduler.stats.used_pages))
+    shapes.append(_shape(batch, scheduler.stats))
     scheduler.retire(batch, _outputs(batch, num_top))
   return shapes
 
 
-def _shape(batch: Batch, used_pages: int) -> StepShape:
+def _shape(batch: Batch, stats: SchedulerStats) -> StepShape:
   starts = np.cumsum([0] + [entry.num_tokens for entry in batch.entries])
   nodes = [entry.node for entry in batch.entries]
   kv_read = attn_pairs = 0
@@ -72,7 +74,8 @@ def _shape(batch: Batch, used_pages: int) -> StepShape:
       kv_read += entry.kv_len
       attn_pairs += entry.kv_len * entry.num_tokens
   return StepShape(batch.kind, batch.num_tokens, len(batch.samples), batch.num_steps,
-                   batch.num_prompt_tokens, kv_read, attn_pairs, used_pages)
+                   batch.num_prompt_tokens, kv_read, attn_pairs, stats.used_pages,
+                   max(stats.num_running, len(batch.samples)))
 
 
 def _outputs(batch: Batch, num_top: int) -> StepOutputs:

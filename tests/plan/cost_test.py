@@ -27,6 +27,19 @@ def test_a_prefill_step_is_bound_by_flops():
   assert step.secs == step.flops / H100.bf16_flops + H100.step_overhead_secs
 
 
+def test_serial_seconds_add_attention_to_the_products():
+  args = dict(num_tokens=512, num_sampled=512, kv_read_tokens=512 * 512, attn_pairs=512 * 512)
+  step, wider = (cost.step_cost(LLAMA_8B, H100, **(args | change))
+                 for change in ({}, dict(num_tokens=640)))
+  products = 2 * (512 * (LLAMA_8B.num_params - 2 * 4096 * 128_256) + 512 * 4096 * 128_256)
+  kv_bytes = (512 * 512 + 512) * LLAMA_8B.kv_bytes_per_token
+  assert step.serial_secs == pytest.approx(
+      products / H100.bf16_flops + kv_bytes / H100.hbm_bytes_per_sec + H100.step_overhead_secs)
+  assert step.secs < step.serial_secs <= 2 * step.secs
+  # The floor of a step that reads much KV hides padded rows; its products do not.
+  assert wider.serial_secs - step.serial_secs > 10 * (wider.secs - step.secs)
+
+
 def test_each_term_by_finite_difference():
   def step(**changes):
     arguments = dict(num_tokens=100, num_sampled=10, kv_read_tokens=1000, attn_pairs=5000)

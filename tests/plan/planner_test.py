@@ -66,6 +66,16 @@ def test_buckets_ascend_to_the_limit(is_only):
                                4 if is_only else 16)
 
 
+@pytest.mark.parametrize("ignore_eos", [True, False])
+def test_rows_that_the_pool_never_holds_widen_no_step_of_known_lengths(ignore_eos):
+  # Each row takes 5 to 10 of 60 pages.
+  engine = dataclasses.replace(ENGINE, num_pages=60, compile_secs=1e6)
+  requests = window(16, shared_len=0, own_len=20, max_tokens=20, ignore_eos=ignore_eos)
+  plan = planner.make_plan(CONFIG, requests, engine, CPU)
+  (decode,) = (bucket for bucket in plan.buckets if bucket.kind == "decode")
+  assert decode.num_tokens == (8 if ignore_eos else 16)
+
+
 def test_buckets_of_an_earlier_window_are_kept():
   buckets = planner.make_plan(CONFIG, window(4), ENGINE, CPU, is_only_window=False).buckets
   plan = planner.make_plan(CONFIG, window(9), ENGINE, CPU, buckets=buckets, is_only_window=False)

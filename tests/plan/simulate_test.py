@@ -33,16 +33,16 @@ def test_one_request_step_by_step():
   got = shapes_of([request("a", range(10), max_tokens=5)])
   assert got == [
       StepShape("mixed", num_tokens=4, num_rows=0, num_steps=1, num_prompt_tokens=4,
-                kv_read_tokens=4, attn_pairs=16, used_pages=1),
+                kv_read_tokens=4, attn_pairs=16, used_pages=1, num_slots=1),
       StepShape("mixed", num_tokens=4, num_rows=0, num_steps=1, num_prompt_tokens=4,
-                kv_read_tokens=8, attn_pairs=32, used_pages=2),
+                kv_read_tokens=8, attn_pairs=32, used_pages=2, num_slots=1),
       StepShape("mixed", num_tokens=2, num_rows=1, num_steps=1, num_prompt_tokens=2,
-                kv_read_tokens=10, attn_pairs=20, used_pages=3),
+                kv_read_tokens=10, attn_pairs=20, used_pages=3, num_slots=1),
       StepShape("decode", num_tokens=1, num_rows=1, num_steps=2, num_prompt_tokens=0,
-                kv_read_tokens=11, attn_pairs=11, used_pages=3),
+                kv_read_tokens=11, attn_pairs=11, used_pages=3, num_slots=1),
       # The row leaves with its last dispatch, and its pages are free at once.
       StepShape("decode", num_tokens=1, num_rows=1, num_steps=2, num_prompt_tokens=0,
-                kv_read_tokens=13, attn_pairs=13, used_pages=0),
+                kv_read_tokens=13, attn_pairs=13, used_pages=0, num_slots=1),
   ]
 
 
@@ -82,5 +82,5 @@ def test_stops_where_it_is_told():
 
 def test_seconds_are_those_of_the_padded_step_times_the_iterations():
   model, chip = CONFIG, CHIPS["h100"]
-  shape = StepShape("decode", 5, 5, 4, 0, 30, 60, 9)
-  assert shape.secs(model, chip, 8) == 4 * step_cost(model, chip, 8, 5, 30, 60).secs
+  shape = StepShape("decode", 5, 5, 4, 0, 30, 60, 9, 5)
+  assert shape.secs(model, chip, 8) == 4 * step_cost(model, chip, 8, 5, 30, 60).serial_secs
