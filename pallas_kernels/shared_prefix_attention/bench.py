@@ -24,7 +24,11 @@ from pallas_kernels.shared_prefix_attention import gpu
 from pallas_kernels.shared_prefix_attention import Segments
 from pallas_kernels.shared_prefix_attention import specs
 
-_UNROLL = 3
+_UNROLL = 3  # layers of a dispatch
+# Steps of a job with 400 groups, each with 32 groups of its own: so many sets of pages, taken in turn.
+_TURNS = {"mixed": 13, "mixed_decode": 13, "mixed_chunks": 13}
+# A CUDA graph, as in a decode loop of an engine: else the host's launches are timed too.
+_COMPILER_OPTIONS = {"xla_gpu_enable_command_buffer": "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL"}
 
 
 def arrays(layout: specs.Layout, *, only: str | None = None) -> tuple:
@@ -44,13 +48,13 @@ def _random(seed, shape, dtype):
   return jax.random.normal(jax.random.key(seed), shape, dtype)
 
 
-def device_values(spec: specs.Spec, layout: specs.Layout):
+def device_values(spec: specs.Spec, layout: specs.Layout, turns: int):
   """q and kv_pages of a large case, made on the device, NaN where nobody may read."""
   dtype = jnp.dtype(spec.dtype)
   q = _random(0, (len(layout.positions), spec.num_heads, spec.head_dim), dtype)
-  shape = (layout.num_pages, spec.num_kv_heads, spec.page_size, 2 * spec.head_dim)
+  shape = (turns * layout.num_pages, spec.num_kv_heads, spec.page_size, 2 * spec.head_dim)
   poison = jax.jit(lambda kv, ok: jnp.where(ok[:, None, :, None], kv, jnp.nan), donate_argnums=0)
-  return q, poison(_random(1, shape, dtype), jnp.asarray(layout.readable))
+  return q, poison(_random(1, shape, dtype), jnp.asarray(np.tile(layout.readable, (turns, 1))))
 
 
 def seconds(fn, *args, repeat: int = 10) -> float:
@@ -84,13 +88,13 @@ def shapes(spec: specs.Spec) -> dict:
               head_dim=spec.head_dim)
 
 
-def attend_fn(spec: specs.Spec, unroll: int = 1):
-  """Compiled attention of a schedule; `unroll` layers, each fed with the last one's output."""
+def attend_fn(spec: specs.Spec):
+  """Attention of some schedules, a layer each, fed with the last one's output."""
   run = functools.partial(gpu.attend, scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap)
-  def layers(q, kv_pages, schedule):
-    for _ in range(unroll - 1):
+  def layers(q, kv_pages, schedules):
+    for schedule in schedules[:-1]:
       q, _ = run(q, kv_pages, schedule)
-    return run(q, kv_pages, schedule)
+    return run(q, kv_pages, schedules[-1])
   return jax.jit(layers)
 
 
@@ -118,7 +122,7 @@ def check_small(names) -> list:
     spec = specs.SMALL[name]
     case = specs.build(spec)
     schedule = schedule_fn(spec)(*arrays(case.layout))
-    args = jnp.asarray(case.q), jnp.asarray(case.kv_pages), schedule
+    args = jnp.asarray(case.q), jnp.asarray(case.kv_pages), [schedule]
     return spec, case, args, attend_fn(spec).lower(*args).compile()
   results = []
   with concurrent.futures.ThreadPoolExecutor(8) as pool:
@@ -164,14 +168,17 @@ def prepare(name: str, variant: str = "", tiling=None, label: str = "") -> Prepa
   layout = specs.lay_out(spec, one_level=variant == "one-level")
   inputs = arrays(layout, only=variant if variant in ("prefix", "own") else None)
   make = schedule_fn(spec, tiling, 1 if variant == "one-level" else 2)
-  kv_shape = (layout.num_pages, spec.num_kv_heads, spec.page_size, 2 * spec.head_dim)
+  turns = _TURNS.get(name, 1)
+  kv_shape = (turns * layout.num_pages, spec.num_kv_heads, spec.page_size, 2 * spec.head_dim)
   q_shape = (len(layout.positions), spec.num_heads, spec.head_dim)
-  abstract = (jax.ShapeDtypeStruct(q_shape, spec.dtype), jax.ShapeDtypeStruct(kv_shape, spec.dtype),
-              jax.eval_shape(make, *inputs))
+  abstract = jax.ShapeDtypeStruct(q_shape, spec.dtype), jax.ShapeDtypeStruct(kv_shape, spec.dtype)
+  schedule = jax.eval_shape(make, *inputs)
   # With a part of the KV there is no definition to check against.
-  once = None if variant in ("prefix", "own") else attend_fn(spec).lower(*abstract).compile()
+  once = None if variant in ("prefix", "own") else attend_fn(spec).lower(
+      *abstract, [schedule]).compile()
+  layers = attend_fn(spec).lower(*abstract, [schedule] * max(turns, _UNROLL))
   return Prepared(name, variant, label, layout, inputs, make.lower(*inputs).compile(), once,
-                  attend_fn(spec, _UNROLL).lower(*abstract).compile())
+                  layers.compile(_COMPILER_OPTIONS))
 
 
 def measure(case: Prepared, limits: dict, outputs: dict) -> dict:
@@ -180,15 +187,17 @@ def measure(case: Prepared, limits: dict, outputs: dict) -> dict:
   A few tokens are compared with float64, three runs with each other (they must be the same
   bit by bit), and all tokens of the one-level variant with `outputs` of the full case.
   """
-  spec, layout = specs.LARGE[case.name], case.layout
-  q, kv_pages = device_values(spec, layout)
-  schedule = case.make(*case.inputs)
+  spec, layout, turns = specs.LARGE[case.name], case.layout, _TURNS.get(case.name, 1)
+  q, kv_pages = device_values(spec, layout, turns)
+  segments, page_indices, positions = case.inputs
+  schedules = [case.make(segments, page_indices + i % turns * layout.num_pages, positions)
+               for i in range(max(turns, _UNROLL))]
   result = {"case": case.name, "variant": case.variant, "label": case.label}
   if case.once is not None:
     tokens = np.unique(np.linspace(0, len(layout.positions) - 1, 6).astype(int))
-    out = case.once(q, kv_pages, schedule)
+    out = case.once(q, kv_pages, schedules[:1])
     result["error"] = errors(spec, layout, q, kv_pages, out, tokens)
-    again = [case.once(q, kv_pages, schedule)[0] for _ in range(2)]
+    again = [case.once(q, kv_pages, schedules[:1])[0] for _ in range(2)]
     result["error"]["stable"] = all(bool((out[0] == o).all()) for o in again)
     result["error"]["ok"] &= result["error"]["stable"]
     if case.variant == "one-level" and case.name in outputs:
@@ -201,12 +210,12 @@ def measure(case: Prepared, limits: dict, outputs: dict) -> dict:
     del out, again
   fields = {k: np.asarray(v) for k, v in case.inputs[0]._asdict().items()}
   num_bytes, flops = work(layout, fields, spec)
-  secs = seconds(case.layers, q, kv_pages, schedule) / _UNROLL
+  secs = seconds(case.layers, q, kv_pages, schedules) / len(schedules)
   result |= {"secs": secs, "schedule_secs": seconds(case.make, *case.inputs),
              "bytes": num_bytes, "flops": flops,
              "share_of_bandwidth": num_bytes / secs / limits["bytes_per_sec"],
              "share_of_gemm": flops / secs / limits["flops_per_sec"],
-             "items": schedule.ranges[:, 1].tolist()}
+             "items": schedules[0].ranges[:, 1].tolist()}
   ok = result.get("error", {}).get("ok", "-")
   print(f"{case.name:26s} {case.variant:9s} {case.label:20s} {secs * 1e6:9.1f} us  "
         f"{num_bytes / secs / 1e12:5.2f} TB/s {result['share_of_bandwidth']:5.1%}  "

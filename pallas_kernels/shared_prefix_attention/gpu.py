@@ -16,7 +16,8 @@ import jax.numpy as jnp
 from pallas_kernels.shared_prefix_attention import gpu_kernel
 from pallas_kernels.shared_prefix_attention import gpu_merge
 from pallas_kernels.shared_prefix_attention import gpu_schedule
-from pallas_kernels.shared_prefix_attention.gpu_schedule import advance, Blocks, ROWS, Tiling
+from pallas_kernels.shared_prefix_attention.gpu_schedule import (
+    advance, Blocks, CostModel, ROWS, Tiling)
 
 __all__ = ("advance", "attend", "default_tiling", "make_schedule", "tuned", "why_not",
            "why_not_on")
@@ -54,21 +55,22 @@ def why_not_on(device: jax.Device) -> str | None:
 
 @functools.cache
 def tuned(device: str = "nvidia_h100") -> dict:
-  """Block sizes measured on a device."""
+  """Block sizes and cost model measured on a device."""
   folder = importlib.resources.files("pallas_kernels.shared_prefix_attention")
   return json.loads((folder / "tuned" / f"{device}.json").read_text())
 
 
 def default_tiling(*, page_size: int, num_heads: int, num_kv_heads: int, head_dim: int,
                    device: str = "nvidia_h100") -> Tiling:
-  """Block sizes for a shape, from the table of a device."""
+  """Block sizes for a shape and the cost model, from the table of a device."""
   table = tuned(device)
   by_dim = table["blocks"][str(head_dim)]
   narrow = Blocks(**by_dim["narrow"])
   if num_kv_heads % narrow.kv_sets:  # its warpgroups would take KV heads in pairs
     narrow = Blocks(**by_dim["narrow_odd_kv_heads"])
   return Tiling(narrow=narrow, wide=Blocks(**by_dim["wide"]), num_ctas=table["num_sms"],
-                page_size=page_size, num_heads=num_heads, num_kv_heads=num_kv_heads)
+                page_size=page_size, num_heads=num_heads, num_kv_heads=num_kv_heads,
+                cost_model=CostModel(**table["cost_model"]))
 
 
 def make_schedule(segments, page_indices: jax.Array, positions: jax.Array, *, page_size: int,
@@ -121,7 +123,8 @@ def attend(q: jax.Array, kv_pages: jax.Array, schedule: gpu_schedule.Schedule, *
   q_boxes = gpu_kernel.arrange_q(q, tiling, interpret)
   padded = gpu_merge.padded_group(group, head_dim)
   o = jax.new_ref(lax.empty(q.shape, q.dtype))
-  part = jax.new_ref(lax.empty((merge.slots.shape[0], num_kv_heads, padded, head_dim), jnp.float32))
+  num_slots = merge.slots.shape[0]
+  part = jax.new_ref(lax.empty((num_kv_heads, num_slots * padded, head_dim), jnp.float32))
   num_rows = schedule.items.shape[0] * gpu_schedule.ITEM_ROWS
   lse = jax.new_ref(lax.empty((num_kv_heads, num_rows), jnp.float32))
   kinds = ("wide", "narrow") if num_tokens > tiling.tokens else ("narrow",)
@@ -130,7 +133,7 @@ def attend(q: jax.Array, kv_pages: jax.Array, schedule: gpu_schedule.Schedule, *
                             window=window, soft_cap=soft_cap, interpret=interpret)
   part, lse = jax.freeze(part), jax.freeze(lse)
   merged_lse = jax.new_ref(lax.empty((num_tokens, num_heads), jnp.float32))
-  gpu_merge.merge_parts(merge, part.reshape(*part.shape[:2], -1), lse, o, merged_lse,
+  gpu_merge.merge_parts(merge, part.reshape(num_kv_heads, num_slots, -1), lse, o, merged_lse,
                         num_kv_heads=num_kv_heads, group=group, num_ctas=tiling.num_ctas,
                         interpret=interpret)
   rows = merge.direct_row[:, None] + jnp.arange(group)

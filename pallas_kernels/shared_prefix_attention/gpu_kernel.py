@@ -14,10 +14,12 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.experimental.pallas import mosaic_gpu as plgpu
 
+from pallas_kernels.shared_prefix_attention import gpu_merge
 from pallas_kernels.shared_prefix_attention import gpu_schedule
 from pallas_kernels.shared_prefix_attention.gpu_schedule import ROWS
 
 _LOG2E = math.log2(math.e)
+_LINES = 16  # a block that is part of one page is read up to a multiple of as many tokens
 
 
 def store(ref, value):
@@ -73,7 +75,7 @@ def attend_items(q, kv_pages, schedule: gpu_schedule.Schedule, o_ref, part_ref, 
     kv_pages: [A, K, page_size, 2H].
     schedule: the work list.
     o_ref: [T, Q, H], receives rows of direct items.
-    part_ref: f32[slots, K, Gp, H], receives rows of all others.
+    part_ref: f32[K, slots * Gp, H], receives rows of all others.
     lse_ref: f32[K, N * 128], base-2 log-sum-exp of every row of every item.
     kind: "narrow" or "wide".
     scale, window, soft_cap: as in `shared_prefix_attention`.
@@ -103,8 +105,7 @@ def attend_items(q, kv_pages, schedule: gpu_schedule.Schedule, o_ref, part_ref, 
   q_box = plgpu.SMEM(box, dtype, transforms=(swizzle,))
   q_tile = plgpu.SMEM((*box[:3], ROWS, chunk), dtype, transforms=transforms)
   scratch = dict(
-      q_smem=union(q_box, q_tile),
-      k_smem=kv_smem, v_smem=kv_smem, stage=stage,
+      q_smem=union(q_box, q_tile), k_smem=kv_smem, v_smem=kv_smem, stage=stage,
       q_full=plgpu.Barrier(num_arrivals=warpgroups * chunks, num_barriers=q_buffers),
       q_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=q_buffers),
       k_full=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
@@ -145,6 +146,7 @@ def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_s
   warpgroups, sets, block, stages, q_buffers = blocks
   group, page_size = tiling.group, tiling.page_size
   head_dim, dtype = q.shape[-1], q.dtype
+  padded = gpu_merge.padded_group(group, head_dim)
   q_box, q_tile = q_smem
   chunks, box_tokens, box_group, chunk = q_box.shape[2:]
   cta, wg = lax.axis_index("cta"), lax.axis_index("wg")
@@ -157,32 +159,46 @@ def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_s
   num_rounds = rounds + (snake(rounds) < rest).astype(jnp.int32)
   shares_kv = warpgroups > 1 and sets == 1
 
-  def read_item(i):
-    """The work of round i: its item, first KV head, and columns; any other one past the end."""
+  def find_item(i):
+    """Item and first KV head of the work of round i; some others past the end."""
     work = i * tiling.num_ctas + snake(i)
     item = jnp.minimum(first_item + lax.div(work, head_sets), table.shape[0] - 1)
-    head = lax.rem(work, head_sets) * sets
-    return item, head, tuple(table[item, c] for c in range(gpu_schedule.SLOT + 1))
+    return item, lax.rem(work, head_sets) * sets
 
-  def kv_range(columns):
-    """Segment offsets [first, end) to read and the number of blocks."""
-    first, kv_start = columns[gpu_schedule.KV_BEGIN], columns[gpu_schedule.KV_START]
-    end = jnp.minimum(columns[gpu_schedule.KV_END], columns[gpu_schedule.HIGH] + 1 - kv_start)
+  def kv_run(column, run):
+    """Page list, first position, offsets [first, end) to read, and number of blocks of a run.
+
+    Run 0 is KV of a folded segment, run 1 that of the item's own; column(c, run) reads the table.
+    """
+    page_start, kv_start, first, end = (column(c, run) for c in gpu_schedule.OWN)
+    end = jnp.minimum(end, column(gpu_schedule.HIGH, 1) + 1 - kv_start)
     if window is not None:
-      seen = columns[gpu_schedule.LOW] - window + 1 - kv_start
+      seen = column(gpu_schedule.LOW, 1) - window + 1 - kv_start
       first = jnp.maximum(first, lax.div(jnp.maximum(seen, 0), block) * block)
-    return first, end, lax.div(jnp.maximum(end - first, 0) + block - 1, block)
+    num_blocks = lax.div(jnp.maximum(end - first, 0) + block - 1, block)
+    return page_start, kv_start, first, end, num_blocks
+
+  def first_run(column):
+    """1 for an item without KV of a folded segment."""
+    return (column(gpu_schedule.KV_END, 0) <= column(gpu_schedule.KV_BEGIN, 0)).astype(jnp.int32)
 
   @pl.when(wg == warpgroups)
   def _load():
     plgpu.set_max_registers(40, action="decrease")
 
+    def read_item(i):
+      item, head = find_item(i)
+      return item, head, tuple(table[item, c] for c in range(gpu_schedule.NUM_COLUMNS))
+
     def do_item(i, carry):
-      step, (_, head, columns) = carry
+      step, (item, head, columns) = carry
       following = read_item(i + 1)  # read ahead: its latency hides behind this item
-      first, end, num_blocks = kv_range(columns)
-      page_start = columns[gpu_schedule.PAGE_START]
-      last_page = page_start + lax.div(jnp.maximum(end - 1, 0), page_size)
+
+      def column(c, run):
+        own = gpu_schedule.OWN
+        return columns[c] if c not in own else jnp.where(
+            run == 0, columns[gpu_schedule.HEAD[own.index(c)]], columns[c])
+
       buffer = lax.rem(i, q_buffers)
       pl.when(i >= q_buffers)(lambda: plgpu.barrier_wait(q_free.at[buffer]))
       for w in range(warpgroups):
@@ -193,26 +209,38 @@ def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_s
               q.at[pl.ds(row, box_tokens), head + (w if sets > 1 else 0), :,
                    pl.ds(c * chunk, chunk)],
               q_box.at[buffer, w, c], q_full.at[buffer])
+      run = functools.partial(load_run, head=head, column=column)
+      return lax.fori_loop(first_run(column), 2, run, step), following
+
+    def load_run(run, step, *, head, column):
+      page_start, _, first, end, num_blocks = kv_run(column, run)
+      last_page = page_start + lax.div(jnp.maximum(end - 1, 0), page_size)
 
       def do_block(b, step):
         slot = lax.rem(step, stages)
         offset = first + b * block
         size = min(block, page_size)
-        # Pages past the item's end are not its own: the last one is read again instead.
+        # Pages past the run's end are not its own: the last one is read again instead.
         at = [(pages[jnp.minimum(page_start + lax.div(offset + j * size, page_size), last_page)],
                lax.rem(offset, page_size) if page_size > block else 0)
               for j in range(block // size)]
+        # A block that is part of one page is read no further than a few lines past the run's end.
+        lengths = range(_LINES, size + 1, _LINES) if len(at) == 1 else (size,)
+        lines = lax.div(jnp.clip(end - offset, 1, size) + _LINES - 1, _LINES) * _LINES
         for smem, full, free, column0 in ((k_smem, k_full, k_free, 0),
                                           (v_smem, v_full, v_free, head_dim)):
           pl.when(step >= stages)(lambda free=free: plgpu.barrier_wait(free.at[slot]))
-          for s in range(sets):
-            for j, (page, within) in enumerate(at):
-              plgpu.copy_gmem_to_smem(
-                  kv_pages.at[page, head + s, pl.ds(within, size), pl.ds(column0, head_dim)],
-                  smem.at[slot, s, pl.ds(j * size, size)], full.at[slot])
+          for length in lengths:
+            @pl.when(lines == length if len(lengths) > 1 else True)
+            def _(smem=smem, full=full, column0=column0, length=length):
+              for s in range(sets):
+                for j, (page, within) in enumerate(at):
+                  plgpu.copy_gmem_to_smem(
+                      kv_pages.at[page, head + s, pl.ds(within, length), pl.ds(column0, head_dim)],
+                      smem.at[slot, s, pl.ds(j * size, length)], full.at[slot])
         return step + 1
 
-      return lax.fori_loop(0, num_blocks, do_block, step), following
+      return lax.fori_loop(0, num_blocks, do_block, step)
 
     lax.fori_loop(0, num_rounds, do_item, (jnp.int32(0), read_item(0)))
 
@@ -232,21 +260,37 @@ def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_s
         pl.when(jnp.logical_not(arrived))(lambda: plgpu.barrier_arrive(turn))
         plgpu.barrier_wait(turn)
 
-    def read_ahead(i):
-      """Item of round i, and the positions of this warpgroup's rows."""
-      item, head, columns = read_item(i)
-      token = columns[gpu_schedule.TOKEN] + (0 if sets > 1 else wg * tiling.tokens)
-      row = jnp.minimum(token * group, row_positions.shape[0] - ROWS)
-      position = plgpu.load(row_positions.at[pl.ds(row, ROWS)], layout=row_layout,
-                            optimized=False)
-      return (item, head + kv_set, columns), token, position
+    def do_item(i, step):
+      item, head = find_item(i)
 
-    def do_item(i, carry):
-      step, ((item, head, columns), token_begin, position) = carry
-      following = read_ahead(i + 1)
-      first, end, num_blocks = kv_range(columns)
-      kv_start = columns[gpu_schedule.KV_START]
-      low, high = columns[gpu_schedule.LOW], columns[gpu_schedule.HIGH]
+      def column(c, run=1):
+        shift = len(gpu_schedule.OWN) * (1 - run) if c in gpu_schedule.OWN else 0
+        return table[item, c - shift]  # in the cache: the loading warpgroup has read it
+
+      token_begin = column(gpu_schedule.TOKEN) + (0 if sets > 1 else wg * tiling.tokens)
+      row = jnp.minimum(token_begin * group, row_positions.shape[0] - ROWS)
+      position = plgpu.load(row_positions.at[pl.ds(row, ROWS)], layout=row_layout, optimized=False)
+      buffer = lax.rem(i, q_buffers)
+      plgpu.barrier_wait(q_full.at[buffer])
+      zeros = plgpu.layout_cast(jnp.zeros((ROWS, head_dim), jnp.float32), plgpu.Layout.WGMMA)
+      run = functools.partial(do_run, column=column, position=position, buffer=buffer,
+                              first_step=step)
+      acc, top, total, last_step = lax.fori_loop(
+          first_run(column), 2, run, (zeros, rows_of(-jnp.inf), rows_of(0.0), step))
+      if shares_kv:
+        pl.when(last_step > step)(lambda: plgpu.barrier_arrive(turn))
+      plgpu.barrier_arrive(q_free.at[buffer])
+      slot, token, num_tokens = (
+          column(c) for c in (gpu_schedule.SLOT, gpu_schedule.TOKEN, gpu_schedule.NUM_TOKENS))
+      count = jnp.clip(token + num_tokens - token_begin, 0, tiling.tokens)
+      write(item, head + kv_set, slot, slot + token_begin - token, token_begin, count,
+            acc, top, total)
+      return last_step
+
+    def do_run(run, carry, *, column, position, buffer, first_step):
+      """Attention of this warpgroup's rows to one run of KV, on top of what they have seen."""
+      _, kv_start, first, end, num_blocks = kv_run(column, run)
+      low, high = column(gpu_schedule.LOW), column(gpu_schedule.HIGH)
       # Blocks [begin_full, end_full) need no mask.
       end_full = lax.div(jnp.maximum(jnp.minimum(end, low + 1 - kv_start) - first, 0), block)
       begin_full = jnp.int32(0)
@@ -255,9 +299,6 @@ def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_s
         begin_full = lax.div(jnp.maximum(hidden, 0) + block - 1, block)
       begin_full = jnp.minimum(begin_full, num_blocks)
       end_full = jnp.clip(end_full, begin_full, num_blocks)
-
-      buffer = lax.rem(i, q_buffers)
-      plgpu.barrier_wait(q_full.at[buffer])
 
       def do_block(b, carry, *, masked):
         acc, top, total, step = carry
@@ -268,11 +309,11 @@ def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_s
           for c in range(chunks):
             keys = k_smem.at[slot, kv_set, :, pl.ds(c * chunk, chunk)]
             plgpu.wgmma(scores, q_tile.at[buffer, wg, c], keys.transpose((1, 0)))
-          pass_turn(arrived=b == 0)
+          pass_turn(arrived=step == first_step)
           return scores[...]
 
         if interpreted:
-          scores = interpreted_qk(buffer, slot, b)
+          scores = interpreted_qk(slot, step)
         else:
           scores = pl.run_scoped(multiply_qk, plgpu.ACC((ROWS, block), jnp.float32))
         plgpu.barrier_arrive(k_free.at[slot])
@@ -316,16 +357,16 @@ def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_s
         plgpu.barrier_arrive(v_free.at[slot])
         return acc, new_top, total, step + 1
 
-      def interpreted_qk(buffer, slot, b):
+      def interpreted_qk(slot, step):
         """multiply_qk where the members of a union are apart."""
         rows = [q_box[buffer, wg, c].reshape(ROWS, chunk) for c in range(chunks)]
         keys = k_smem[slot, kv_set]
         plgpu.commit_smem()  # such reads, unlike those of wgmma, are not ordered with TMA writes
-        pass_turn(arrived=b == 0)
+        pass_turn(arrived=step == first_step)
         return jnp.dot(jnp.concatenate(rows, axis=1), keys.T, preferred_element_type=jnp.float32)
 
       def clean_tail(slot, length):
-        """Zeroes V past the item's end: its weight is 0, but 0 * NaN is NaN."""
+        """Zeroes V past the run's end: its weight is 0, but 0 * NaN is NaN."""
         @pl.when(length < block)
         def _():
           def clean():
@@ -344,29 +385,20 @@ def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_s
           else:
             clean()
 
-      zeros = plgpu.layout_cast(jnp.zeros((ROWS, head_dim), jnp.float32), plgpu.Layout.WGMMA)
-      carry = (zeros, rows_of(-jnp.inf), rows_of(0.0), step)
       with_mask = functools.partial(do_block, masked=True)
       if window is not None:
         carry = lax.fori_loop(0, begin_full, with_mask, carry)
       carry = lax.fori_loop(begin_full, end_full, functools.partial(do_block, masked=False), carry)
-      acc, top, total, step = lax.fori_loop(end_full, num_blocks, with_mask, carry)
-      if shares_kv:
-        pl.when(num_blocks > 0)(lambda: plgpu.barrier_arrive(turn))
-      plgpu.barrier_arrive(q_free.at[buffer])
-      write(item, head, columns, token_begin, acc, top, total)
-      return step, following
+      return lax.fori_loop(end_full, num_blocks, with_mask, carry)
 
-    def write(item, head, columns, token_begin, acc, top, total):
-      """Normalises a tile and sends its rows out, token by token."""
+    def write(item, head, slot, first_slot, token_begin, count, acc, top, total):
+      """Normalises a tile and sends the rows of its `count` tokens out."""
       seen = total > 0.0
       inverse = jnp.where(seen, 1.0 / jnp.where(seen, total, 1.0), 0.0)
       acc = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
       row_lse = jnp.where(seen, top + jnp.log2(jnp.where(seen, total, 1.0)), -jnp.inf)
       row = item * gpu_schedule.ITEM_ROWS + (0 if sets > 1 else wg * ROWS)
       lse[head, pl.ds(row, ROWS)] = row_lse
-      slot, token = columns[gpu_schedule.SLOT], columns[gpu_schedule.TOKEN]
-      count = jnp.clip(token + columns[gpu_schedule.NUM_TOKENS] - token_begin, 0, tiling.tokens)
 
       def send(source, width, token_rows):
         """Sends the rows of `count` tokens; token_rows(j) is [G, H] of token number j."""
@@ -393,15 +425,23 @@ def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_s
       def _():
         send(o_stage, width, lambda j: o.at[token_begin + j, pl.ds(head * group, group)])
 
-      @pl.when(slot >= 0)
+      # The rows of a full tile lie side by side: they go straight from registers to memory, where
+      # the four threads of a row fill whole sectors.
+      is_full = jnp.logical_and(count == tiling.tokens, ROWS == tiling.tokens * padded)
+
+      @pl.when((slot >= 0) & is_full)
       def _():
-        first = slot + token_begin - token
-        send(part_stage, width // 2, lambda j: part.at[first + j, head, pl.ds(0, group)])
+        store(part.at[head, pl.ds(first_slot * padded, ROWS)], acc)
+
+      @pl.when((slot >= 0) & jnp.logical_not(is_full))
+      def _():
+        send(part_stage, width // 2,
+             lambda j: part.at[head, pl.ds((first_slot + j) * padded, group)])
 
     if shares_kv:
       plgpu.barrier_arrive(turn)
       pl.when(wg == 1)(lambda: pass_turn_and_arrive(turn))
-    lax.fori_loop(0, num_rounds, do_item, (jnp.int32(0), read_ahead(0)))
+    lax.fori_loop(0, num_rounds, do_item, jnp.int32(0))
     if shares_kv:
       pl.when(wg == 0)(lambda: pass_turn_and_arrive(turn))
     plgpu.wait_smem_to_gmem(0)

@@ -28,7 +28,7 @@ def merge_parts(merge, part, lse, o_ref, merged_lse_ref, *, num_kv_heads: int, g
 
   Args:
     merge: which slots make up a token.
-    part: f32[slots, K, Gp * H].
+    part: f32[K, slots, Gp * H].
     lse: f32[K, rows], base 2.
     o_ref: [T, Q, H].
     merged_lse_ref: f32[T, Q].
@@ -59,7 +59,7 @@ def merge_parts(merge, part, lse, o_ref, merged_lse_ref, *, num_kv_heads: int, g
 
       def do_part(j, carry):
         acc, top, total = carry
-        value = plgpu.load(part.at[slots[j], head], layout=layout)
+        value = plgpu.load(part.at[head, slots[j]], layout=layout)
         first = lse_rows[j]
         new_top, new_total, decay, weight = [], [], [], []
         for g in range(group):

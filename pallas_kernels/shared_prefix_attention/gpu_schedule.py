@@ -4,6 +4,8 @@ A *tile* is up to 64 query rows of one KV head per warpgroup, rows in token-majo
 (row = token * group + head of the group). Segments with few rows make *narrow* tiles of
 one warpgroup, the others *wide* tiles of two warpgroups that share the KV they read.
 An *item* is a tile and a range of its segment's KV; every item is taken for all KV heads.
+A segment that is not worth tiles of its own is *folded*: the tiles of its children read its
+KV before their own. What a device makes worth it is data, `CostModel`.
 
 An item that alone covers its tokens writes the output (it is *direct*). All others write
 a partial result per token into a *slot*; the merge reads the slots of each token.
@@ -17,12 +19,17 @@ import jax.numpy as jnp
 ROWS = 64  # query rows of a warpgroup's tile: M of wgmma
 
 # Columns of an item row. It holds tokens [TOKEN, TOKEN + NUM_TOKENS), at positions LOW to
-# HIGH, and the KV at offsets [KV_BEGIN, KV_END) of its segment. SLOT is -1 for direct items.
-TOKEN, NUM_TOKENS, PAGE_START, KV_START, KV_BEGIN, KV_END, LOW, HIGH, SLOT = range(9)
+# HIGH, and two runs of KV: offsets [KV_BEGIN, KV_END) of its segment, behind those of the
+# segment folded into it, if any. SLOT is -1 for direct items.
+TOKEN, NUM_TOKENS, LOW, HIGH, SLOT = range(5)
+HEAD_PAGE_START, HEAD_KV_START, HEAD_BEGIN, HEAD_END = HEAD = range(5, 9)
+PAGE_START, KV_START, KV_BEGIN, KV_END = OWN = range(9, 13)
+NUM_COLUMNS = 13
 _WIDTH = 16  # a row is two memory sectors
 
 ITEM_ROWS = 2 * ROWS  # rows of the log-sum-exp table that an item owns
 
+_MAX_DEPTH = 4  # tree levels above a row
 _MAX_SPLITS = 32
 _SPLIT_FILL = 4  # splitting may fill the card at most this many times over
 
@@ -45,8 +52,28 @@ class Blocks(NamedTuple):
   q_buffers: int
 
 
+class CostModel(NamedTuple):
+  """When a shared segment is worth tiles of its own; measured, data of `tuned/<device>.json`.
+
+  Attributes:
+    min_saved_tokens_per_row: KV tokens that each row must be spared reading.
+    tile_overhead_blocks: KV blocks that cost what a wide tile costs by itself: its start, its partial
+      result and the merge.
+  """
+
+  min_saved_tokens_per_row: int
+  tile_overhead_blocks: int
+
+
 class Tiling(NamedTuple):
-  """Static sizes that shape the compiled kernels."""
+  """Static sizes that shape the compiled kernels, and what decides their work.
+
+  Attributes:
+    narrow, wide: block sizes.
+    num_ctas: of the persistent grid.
+    page_size, num_heads, num_kv_heads: shapes.
+    cost_model: None gives every segment tiles of its own.
+  """
 
   narrow: Blocks
   wide: Blocks
@@ -54,6 +81,7 @@ class Tiling(NamedTuple):
   page_size: int
   num_heads: int
   num_kv_heads: int
+  cost_model: CostModel | None = None
 
   @property
   def group(self) -> int:
@@ -213,21 +241,85 @@ def _extent(table: jax.Array, positions: jax.Array, tiling: Tiling):
   return low, jnp.where(inside, position, -1).max(axis=1)
 
 
+def _fold(segments, tiling: Tiling):
+  """Lets children read the KV of segments that are not worth tiles of their own.
+
+  The children of a segment must hold each of its tokens once. Narrow ones read it where it is too
+  short to spare them much; wide ones, which fill their tiles and so are spared only the rounding
+  of those, where it is not very long. If one kind does and the other does not, the segment keeps
+  tiles for the other, whose tokens must lie side by side. No tile reads two folded segments.
+
+  Returns:
+    The segments, of those folded only the tokens that still need them; and for each segment
+    the one whose KV its tiles read too, i32[S], -1 where there is none.
+  """
+  num_segments = segments.q_len.shape[0]
+  first, last = segments.q_start, segments.q_start + segments.q_len
+  used = (segments.q_len > 0) & (segments.kv_len > 0)
+  above = (used & used[:, None] & (first <= first[:, None]) & (last[:, None] <= last)
+           & (segments.kv_start < segments.kv_start[:, None]))
+  parent = jnp.where(above, segments.kv_start, -1).argmax(axis=1).astype(jnp.int32)
+  parent = jnp.where(above.any(axis=1), parent, -1)
+  nowhere = jnp.full((num_segments,), -1, jnp.int32)
+  if tiling.cost_model is None:
+    return segments, nowhere
+
+  target = jnp.where(parent < 0, num_segments, parent)
+  total = lambda values: jnp.zeros((num_segments,), jnp.int32).at[target].add(
+      values.astype(jnp.int32), mode="drop")
+  # Children side by side, from the first token to the last: disjoint, and nothing between them.
+  # Segments without a parent, of which there is one at least, come first.
+  order = jnp.lexsort((first, parent))
+  before = jnp.where(jnp.roll(parent[order], 1) == parent[order], jnp.roll(last[order], 1),
+                     first[parent[order]])
+  apart = jnp.zeros((num_segments,), bool).at[order].set(first[order] != before)
+  covered = (total(segments.q_len) == segments.q_len) & (total(apart) == 0)
+
+  model, is_wide = tiling.cost_model, segments.q_len > tiling.tokens
+  num_narrow = total(used & ~is_wide)
+  short = segments.kv_len * (num_narrow - 1) < model.min_saved_tokens_per_row * num_narrow
+  tiles = lambda q_len: -(-q_len // tiling.wide_tokens)
+  own_tiles = total(jnp.where(is_wide, tiles(segments.q_len), 0))
+  shared_tiles = tiles(total(jnp.where(is_wide, segments.q_len, 0)))
+  more_blocks = (own_tiles - shared_tiles) * -(-segments.kv_len // tiling.wide.kv)
+  bearable = (own_tiles > 0) & (more_blocks <= model.tile_overhead_blocks * own_tiles)
+
+  reads = (parent >= 0) & jnp.where(is_wide, bearable[parent], short[parent])
+  stays = (parent >= 0) & ~reads
+  num_left = total(jnp.where(stays, segments.q_len, 0))
+  left_first = jnp.full((num_segments,), jnp.iinfo(jnp.int32).max).at[target].min(
+      jnp.where(stays, first, jnp.iinfo(jnp.int32).max), mode="drop")
+  left_last = total(jnp.zeros_like(first)).at[target].max(jnp.where(stays, last, 0), mode="drop")
+  worth = covered & (total(reads) > 0) & ((num_left == 0) | (num_left == left_last - left_first))
+  folded = jnp.zeros_like(worth)
+  for _ in range(_MAX_DEPTH):  # from the leaves up
+    folded = worth & (total(folded) == 0)
+  segments = segments._replace(
+      q_start=jnp.where(folded & (num_left > 0), left_first, segments.q_start),
+      q_len=jnp.where(folded, num_left, segments.q_len))
+  return segments, jnp.where(reads & folded[parent], parent, nowhere)
+
+
 def _tiles(segments, positions: jax.Array, tiling: Tiling, max_levels: int):
   """i32[., 16] with one row per q tile, holding all KV of its segment; and which are wide."""
   num_tokens, num_segments = positions.shape[0], segments.q_len.shape[0]
+  segments, above = _fold(segments, tiling)
   used = (segments.q_len > 0) & (segments.kv_len > 0)
   wide = segments.q_len > tiling.tokens
   num_tiles = jnp.where(wide, -(-segments.q_len // tiling.wide_tokens), 1)
   capacity = num_segments + max_levels * (num_tokens // tiling.wide_tokens)
   owner, local, here = _expand(jnp.where(used, num_tiles, 0), capacity)
-  segment = jax.tree.map(lambda x: x[owner].astype(jnp.int32), segments)
+  take = lambda index: jax.tree.map(lambda x: x[index].astype(jnp.int32), segments)
+  segment, head = take(owner), take(above[owner])
   step = jnp.where(wide[owner], tiling.wide_tokens, tiling.tokens)
   token = segment.q_start + local * step
   num = jnp.where(here, jnp.minimum(step, segment.q_start + segment.q_len - token), 0)
+  columns = {TOKEN: token, NUM_TOKENS: num, PAGE_START: segment.page_start,
+             KV_START: segment.kv_start, KV_END: segment.kv_len,
+             HEAD_PAGE_START: head.page_start, HEAD_KV_START: head.kv_start,
+             HEAD_END: jnp.where(above[owner] < 0, 0, head.kv_len)}
   zero = jnp.zeros_like(token)
-  table = [token, num, segment.page_start, segment.kv_start, zero, segment.kv_len, zero, zero, zero]
-  table = jnp.stack(table + [zero] * (_WIDTH - len(table)), axis=1)
+  table = jnp.stack([columns.get(c, zero) for c in range(_WIDTH)], axis=1)
   low, high = _extent(table, positions, tiling)
   return table.at[:, LOW].set(low).at[:, HIGH].set(high), wide[owner]
 
@@ -240,7 +332,8 @@ def _split(tiles: jax.Array, is_wide: jax.Array, tiling: Tiling):
   """
   size = jnp.where(is_wide, tiling.wide.kv, tiling.narrow.kv)
   visible = jnp.clip(tiles[:, HIGH] + 1 - tiles[:, KV_START], 0, tiles[:, KV_END])
-  blocks = jnp.where(tiles[:, NUM_TOKENS] > 0, -(-visible // size), 0)
+  head_blocks = -(-tiles[:, HEAD_END] // size)
+  blocks = jnp.where(tiles[:, NUM_TOKENS] > 0, head_blocks - (-visible // size), 0)
   cuts = jnp.arange(1, _MAX_SPLITS + 1)
   parts = jnp.zeros_like(blocks)
   for kind, sets in ((False, tiling.narrow.kv_sets), (True, tiling.wide.kv_sets)):
@@ -268,12 +361,17 @@ def _split(tiles: jax.Array, is_wide: jax.Array, tiling: Tiling):
   # Unused rows last: after the wide items, as if of a third kind.
   kind = jnp.where(here, is_wide[owner].astype(jnp.int32), 2)
   _, _, owner, local, here = jax.lax.sort((kind, -cost, owner, local, here), num_keys=2)
-  table, step = tiles[owner], (length * size)[owner]
-  begin = local * step
+  table, size = tiles[owner], size[owner]
+  begin = local * length[owner]  # in blocks, those of the head first
+  end, own = begin + length[owner], head_blocks[owner]
   # The last part keeps all the rest, so that positions may advance into it.
-  end = jnp.where(local + 1 == parts[owner], table[:, KV_END],
-                  jnp.minimum(table[:, KV_END], begin + step))
-  table = table.at[:, KV_BEGIN].set(begin).at[:, KV_END].set(end)
+  is_last = local + 1 == parts[owner]
+  table = table.at[:, KV_BEGIN].set(jnp.maximum(begin - own, 0) * size)
+  table = table.at[:, KV_END].min(
+      jnp.where(is_last, jnp.iinfo(jnp.int32).max, jnp.maximum(end - own, 0) * size))
+  head_end = table[:, HEAD_END]
+  table = table.at[:, HEAD_BEGIN].set(jnp.minimum(begin * size, head_end))
+  table = table.at[:, HEAD_END].min(end * size)
   return jnp.where(here[:, None], table, 0), is_wide[owner]
 
 

@@ -231,6 +231,8 @@ LARGE = {s.name: s for s in (
     Spec("decode_16x32768", rows(16, 32767)),
     Spec("prefix_2048x1024", (Node(2048, rows(1024, 127)),)),
     Spec("prefix_16384x1024", (Node(16384, rows(1024, 127)),)),
+    Spec("own_1024x65_192", tuple(Row(64 + i % 128) for i in range(1024))),
+    Spec("prefix_4032_own_65_192", (Node(4032, tuple(Row(64 + i % 128) for i in range(1024))),)),
     Spec("groups_64x16_2048", (Node(2048, rows(16, 127)),) * 64),
     Spec("prefill_8192", (Row(0, 8192),)),
     Spec("prefill_16x512_on_2048", (Row(2048, 512),) * 16),

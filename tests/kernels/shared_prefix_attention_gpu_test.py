@@ -17,16 +17,20 @@ from pallas_kernels.shared_prefix_attention import gpu_schedule
 from pallas_kernels.shared_prefix_attention import Segments
 from pallas_kernels.shared_prefix_attention import specs
 from pallas_kernels.shared_prefix_attention.gpu_schedule import (
-    HIGH, ITEM_ROWS, KV_BEGIN, KV_END, KV_START, LOW, NUM_TOKENS, PAGE_START, SLOT, TOKEN)
+    HEAD, HEAD_END, HIGH, ITEM_ROWS, KV_END, LOW, NUM_TOKENS, OWN, SLOT, TOKEN)
 
 needs_new_jax = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="mosaic_gpu and its interpreter need JAX 0.11")
 
 
-def tiling_of(spec, num_ctas=3):
+# Folds nothing, and whatever its children hold.
+APART, FOLD_ALL = None, gpu_schedule.CostModel(10**6, 10**6)
+
+
+def tiling_of(spec, num_ctas=3, **changes):
   tiling = gpu.default_tiling(page_size=spec.page_size, num_heads=spec.num_heads,
                               num_kv_heads=spec.num_kv_heads, head_dim=spec.head_dim)
-  return tiling._replace(num_ctas=num_ctas)
+  return tiling._replace(num_ctas=num_ctas, **changes)
 
 
 def arrays(layout):
@@ -34,10 +38,17 @@ def arrays(layout):
   return segments, jnp.asarray(layout.page_indices), jnp.asarray(layout.positions)
 
 
-def schedule_of(spec, layout, num_ctas=3):
-  make = functools.partial(gpu_schedule.make_schedule, tiling=tiling_of(spec, num_ctas),
+def schedule_of(spec, layout, num_ctas=3, **changes):
+  make = functools.partial(gpu_schedule.make_schedule, tiling=tiling_of(spec, num_ctas, **changes),
                            max_levels=4)
   return jax.jit(make)(*arrays(layout))
+
+
+def runs_of(item):
+  """Page list, first position and offsets of what an item reads: of a folded segment, and its own."""
+  for columns in (HEAD, OWN):
+    page_start, kv_start, begin, end = item[list(columns)]
+    yield page_start, kv_start, begin, min(end, item[HIGH] + 1 - kv_start)
 
 
 def pairs_of_items(schedule, layout, page_size):
@@ -46,11 +57,11 @@ def pairs_of_items(schedule, layout, page_size):
   items = np.asarray(schedule.items)
   for item in items[items[:, NUM_TOKENS] > 0]:
     for token in range(item[TOKEN], item[TOKEN] + item[NUM_TOKENS]):
-      end = min(item[KV_END], item[HIGH] + 1 - item[KV_START])
-      for offset in range(item[KV_BEGIN], end):
-        if item[KV_START] + offset <= layout.positions[token]:
-          page = layout.page_indices[item[PAGE_START] + offset // page_size]
-          pairs.append((token, int(page) * page_size + offset % page_size))
+      for page_start, kv_start, begin, end in runs_of(item):
+        for offset in range(begin, end):
+          if kv_start + offset <= layout.positions[token]:
+            page = layout.page_indices[page_start + offset // page_size]
+            pairs.append((token, int(page) * page_size + offset % page_size))
   return sorted(pairs)
 
 
@@ -66,12 +77,14 @@ def pairs_of_segments(layout, page_size):
   return sorted(pairs)
 
 
-@pytest.mark.parametrize("name", ["decode_own", "four_levels", "prefill_cached", "mixed", "split",
-                                  "group_5"])
-def test_items_hold_every_visible_pair_once(name):
+@pytest.mark.parametrize("name, cost_model", [
+    ("decode_own", APART), ("four_levels", APART), ("four_levels", FOLD_ALL),
+    ("prefill_cached", FOLD_ALL), ("mixed", APART), ("mixed", FOLD_ALL), ("split", APART),
+    ("group_5", APART)])
+def test_items_hold_every_visible_pair_once(name, cost_model):
   spec = specs.SMALL[name]
   layout = specs.lay_out(spec)
-  schedule = schedule_of(spec, layout)
+  schedule = schedule_of(spec, layout, cost_model=cost_model)
   expected = pairs_of_segments(layout, spec.page_size)
   assert pairs_of_items(schedule, layout, spec.page_size) == expected
 
@@ -83,12 +96,74 @@ def test_items_hold_every_visible_pair_once(name):
     mine = items[first:first + num]
     most = blocks.warpgroups // blocks.kv_sets * schedule.tiling.tokens
     assert (mine[:, NUM_TOKENS] <= most).all()
-    end = np.minimum(mine[:, KV_END], mine[:, HIGH] + 1 - mine[:, KV_START])
-    cost = -(-(end - mine[:, KV_BEGIN]) // blocks.kv)
+    cost = np.array([sum(max(-(-(end - begin) // blocks.kv), 0) for *_, begin, end in runs_of(item))
+                     for item in mine], int)
     assert (np.diff(cost) <= 0).all() and (cost > 0).all()
     for item in mine:
       held = layout.positions[item[TOKEN]:item[TOKEN] + item[NUM_TOKENS]]
       assert (item[LOW], item[HIGH]) == (held.min(), held.max())
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_segments_that_are_no_tree_hold_every_pair_once_too(seed):
+  rng, num_tokens, fields = np.random.default_rng(seed), 60, []
+  for level in range(3):
+    cuts = np.unique(rng.integers(0, num_tokens + 1, 6))
+    fields += [(start, stop - start, 40 * level, rng.integers(0, 40), 5 * (3 * level + i))
+               for i, (start, stop) in enumerate(zip(cuts[:-1], cuts[1:])) if rng.random() < 0.9]
+  spec = specs.Spec("random", (), 8, 2, 64, 16)
+  names = ("q_start", "q_len", "kv_start", "kv_len", "page_start")
+  layout = specs.Layout(
+      dict(zip(names, np.array(fields, np.int32).T)), np.arange(100, dtype=np.int32),
+      rng.integers(-1, 130, num_tokens).astype(np.int32), 100, np.ones((100, 16), bool))
+  schedule = schedule_of(spec, layout, cost_model=FOLD_ALL)
+  assert pairs_of_items(schedule, layout, 16) == pairs_of_segments(layout, 16)
+
+
+@pytest.mark.parametrize("forest, folds", [
+    ((specs.Node(64, specs.rows(8, 255)),) * 3, True),  # each row is spared 56 tokens
+    ((specs.Node(256, specs.rows(8, 255)),) * 3, False),  # 224 tokens
+    ((specs.Node(256, specs.rows(2, 255)),), True),  # 128 tokens
+    ((specs.Node(2000, specs.rows(16, 0, 200)),), True),  # 7 tiles a row, 6.25 if they shared them
+    ((specs.Node(16_000, specs.rows(16, 0, 65)),), False),  # 3 tiles a row, 2.03
+    ((specs.Node(64, specs.rows(2, 255) + (specs.Row(-1),)),), False),  # a row without own KV
+])
+def test_the_cost_model_decides_what_is_folded(forest, folds):
+  spec = specs.Spec("fold", forest, page_size=32)
+  layout = specs.lay_out(spec)
+  schedule = schedule_of(spec, layout)
+  items = np.asarray(schedule.items)
+  items = items[items[:, NUM_TOKENS] > 0]
+  assert (items[:, HEAD_END] > 0).tolist() == [folds] * len(items)
+
+
+def test_a_segment_keeps_tiles_for_the_children_of_one_kind():
+  # Chunks read the prefix themselves, the rows that decode share its tile.
+  spec = specs.Spec("kinds", (specs.Node(1024, specs.rows(16, 127) + specs.rows(2, 0, 128)),))
+  layout = specs.lay_out(spec)
+  schedule = schedule_of(spec, layout, num_ctas=1)
+  items = np.asarray(schedule.items)
+  items = items[items[:, NUM_TOKENS] > 0]
+  assert (items[:, HEAD_END] > 0).sum() == 2 * 4
+  (shared,) = items[items[:, KV_END] == 1024]
+  assert shared[TOKEN] == 0 and shared[NUM_TOKENS] == 16
+  assert pairs_of_items(schedule, layout, spec.page_size) == pairs_of_segments(layout, spec.page_size)
+  # Rows on both sides of a chunk are no range of tokens.
+  forest = (specs.Node(1024, specs.rows(4, 127) + specs.rows(1, 0, 128) + specs.rows(4, 127)),)
+  layout = specs.lay_out(specs.Spec("sides", forest))
+  assert not np.asarray(schedule_of(spec, layout).items)[:, HEAD_END].any()
+
+
+def test_of_nested_segments_the_lower_is_folded():
+  forest = (specs.Node(48, (specs.Node(64, specs.rows(4, 30)),
+                            specs.Node(32, specs.rows(4, 30)))),)
+  spec = specs.Spec("nested", forest, 4, 2, 64, 16)
+  layout = specs.lay_out(spec)
+  schedule = schedule_of(spec, layout)
+  items = np.asarray(schedule.items)
+  heads = items[items[:, HEAD_END] > 0][:, HEAD_END]
+  assert sorted(heads) == [32] * 4 + [64] * 4
+  assert pairs_of_items(schedule, layout, 16) == pairs_of_segments(layout, 16)
 
 
 @pytest.mark.parametrize("name", ["decode_own", "four_levels", "prefill_cached", "mixed", "split"])
@@ -168,9 +243,9 @@ def test_large_cases_measure_what_they_name():
   assert (flat.readable == layout.readable).all() and not layout.readable[0].any()
 
 
-def run(spec, num_ctas=2, races=True):
+def run(spec, num_ctas=2, races=True, **changes):
   case = specs.build(spec)
-  schedule = schedule_of(spec, case.layout, num_ctas)
+  schedule = schedule_of(spec, case.layout, num_ctas, **changes)
   out = gpu.attend(jnp.asarray(case.q), jnp.asarray(case.kv_pages), schedule, scale=spec.scale,
                    window=spec.window, soft_cap=spec.soft_cap,
                    interpret=plgpu.InterpretGPUParams(detect_races=races))
@@ -186,7 +261,8 @@ def run(spec, num_ctas=2, races=True):
 
 # One case for each path: narrow and wide tiles with partial results of several levels and
 # padding; a window and a cap; a split row; rows of a token that leave one by one; groups
-# whose tokens do not fill a tile; warpgroups that take KV heads apart, and one alone.
+# whose tokens do not fill a tile; warpgroups that take KV heads apart, and one alone; full tiles
+# of a prefix, whose partial results go straight to memory.
 _tiny = dict(num_heads=2, num_kv_heads=1, head_dim=64, page_size=16)
 INTERPRETED = {s.name: s for s in (
     specs.SMALL["four_levels"],
@@ -194,6 +270,8 @@ INTERPRETED = {s.name: s for s in (
     specs.Spec("window", (specs.Node(150, (specs.Row(10), specs.Row(60, 2))),), window=33,
                soft_cap=2.0, **_tiny),
     specs.Spec("split", (specs.Row(1300),), **_tiny),
+    specs.Spec("folded_wide", (specs.Node(37, (specs.Row(4, 70), specs.Row(0, 33))),), **_tiny),
+    specs.Spec("odd_pairs", (specs.Row(30), specs.Row(20)), 6, 2, 64, 16),
     specs.Spec("odd", (specs.Node(20, (specs.Row(30, 2), specs.Row(0))),), 3, 1, 80, 32),
 )}
 
@@ -201,7 +279,13 @@ INTERPRETED = {s.name: s for s in (
 @needs_new_jax
 @pytest.mark.parametrize("name", list(INTERPRETED))
 def test_kernels_give_the_definition(name):
-  run(INTERPRETED[name])
+  run(INTERPRETED[name], cost_model=APART)
+
+
+@needs_new_jax
+@pytest.mark.parametrize("name", ["four_levels", "window", "folded_wide"])
+def test_kernels_read_folded_segments(name):
+  run(INTERPRETED[name], cost_model=FOLD_ALL)
 
 
 @needs_new_jax
