@@ -96,11 +96,14 @@ class ModelConfig:
     _require("local" not in self.layer_kinds or bool(self.sliding_window),
              "model.sliding_window must be set when a layer is local")
 
-  @property
-  def kv_bytes_per_token(self) -> int:
-    """Bytes of KV that one token keeps over all layers."""
+  def kv_width(self, lanes: int) -> int:
+    """Last axis of a KV pool: a key and a value, filled up to a multiple of `lanes`."""
+    return -(-2 * self.head_dim // lanes) * lanes
+
+  def kv_bytes_per_token(self, lanes: int) -> int:
+    """Bytes that one token takes in the KV pools of all layers."""
     itemsize = 4 if self.dtype == "float32" else 2
-    return self.num_layers * 2 * self.num_kv_heads * self.head_dim * itemsize
+    return self.num_layers * self.num_kv_heads * self.kv_width(lanes) * itemsize
 
   @property
   def num_params(self) -> int:
@@ -119,6 +122,8 @@ class EngineConfig:
     max_rows: most samples decoded at once.
     max_step_tokens: most tokens of a mixed step.
     page_size: tokens of a KV page.
+    kv_lanes: the last axis of the KV pool is filled up to a multiple of this; the job raises it to
+      the chip's own (`plan.memory.settle`).
     num_pages: pages of the KV pool; 0 takes `kv_memory_bytes`.
     kv_memory_bytes: bytes of the KV pool when `num_pages` is 0; 0 takes what weights and the
       largest step leave of the device's memory (`plan.memory.settle`), 1 GiB on a CPU.
@@ -136,6 +141,7 @@ class EngineConfig:
   max_rows: int = 64
   max_step_tokens: int = 1024
   page_size: int = 16
+  kv_lanes: int = 1
   num_pages: int = 0
   kv_memory_bytes: int = 0
   max_decode_steps: int = 16
@@ -149,8 +155,8 @@ class EngineConfig:
   compilation_cache_dir: str = "~/.cache/batchjax"
 
   def __post_init__(self):
-    for name in ("max_rows", "max_step_tokens", "page_size", "max_decode_steps", "max_buckets",
-                 "plan_window", "max_levels"):
+    for name in ("max_rows", "max_step_tokens", "page_size", "kv_lanes", "max_decode_steps",
+                 "max_buckets", "plan_window", "max_levels"):
       _require(getattr(self, name) > 0, f"engine.{name} must be positive, got {getattr(self, name)}")
     _require(self.lookahead >= 0, f"engine.lookahead must be at least 0, got {self.lookahead}")
     _require(self.max_step_tokens >= self.max_rows,

@@ -75,7 +75,7 @@ def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = E
     return
   device, config = jax.devices()[0], model.config
   chip, device_bytes = chip_of(device), memory_limit(device, model.params)
-  engine = memory.settle(config, engine, device_bytes)
+  engine = memory.settle(config, engine, chip, device_bytes)
   if features is None:
     features = SamplingFeatures.of((r.sampling_params for r in window), config.eos_token_ids)
   plan = _plan(config, window, engine, chip, is_only_window=is_only_window, stop_table=stop_table)

@@ -31,7 +31,7 @@ def plan_file(config: JobConfig, input_path: str, directory: pathlib.Path, chip:
   prepared = prepare(input_path, directory / "requests.arrow", config, model, tokenizer)
   prepared_secs = time.perf_counter() - start
   device_bytes = None if chip.name == "cpu" else int(memory.DEVICE_SHARE * chip.hbm_bytes)
-  windows, engine = [], memory.settle(model, config.engine, device_bytes)
+  windows, engine = [], memory.settle(model, config.engine, chip, device_bytes)
   with RequestReader(directory / "requests.arrow") as requests:
     buckets = None
     for positions in requests.windows(engine.plan_window):

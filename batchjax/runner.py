@@ -16,7 +16,7 @@ import numpy as np
 from batchjax import job as job_lib
 from batchjax import prepare, report, weights
 from batchjax.config import ConfigError, JobConfig, ModelConfig, ModelSource
-from batchjax.device import memory_limit
+from batchjax.device import chip_of, memory_limit
 from batchjax.engine.compile import CompileRecord
 from batchjax.engine.sampling_inputs import SamplingFeatures
 from batchjax.generate import StepEvent, generate
@@ -87,8 +87,9 @@ def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str
   with _stop_on_signal() as stop:
     model_config, tokenizer = loaders.config(config.model), loaders.tokenizer(config.model)
     configure_jax(config.engine.compilation_cache_dir)
+    device = jax.devices()[0]
     config = dataclasses.replace(config, engine=settle(
-        model_config, config.engine, memory_limit(jax.devices()[0])))
+        model_config, config.engine, chip_of(device), memory_limit(device)))
     with job_lib.open_job(f"{output_path}.job", identity(config, input_path)) as job:
       prepared = _prepare_once(job, input_path, config, model_config, tokenizer)
       with RequestReader(job.directory / "requests.arrow") as requests:

@@ -74,7 +74,7 @@ def main(_: list[str]) -> None:
         "bf16_flops", "hbm_bytes_per_sec", "hbm_bytes")}
     chip = dataclasses.replace(CHIPS[_CHIP.value], **rates)
     try:
-      engine = memory.settle(config, job.engine, int(memory.DEVICE_SHARE * chip.hbm_bytes))
+      engine = memory.settle(config, job.engine, chip, int(memory.DEVICE_SHARE * chip.hbm_bytes))
     except ConfigError as error:
       print(f"does not fit: {error}")
       return

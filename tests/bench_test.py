@@ -105,7 +105,7 @@ def test_floor_reads_shared_kv_once_per_step():
   weights = 4 * (CONFIG.num_params - CONFIG.hidden_size * CONFIG.vocab_size)
   # Iteration i reads the prefix once and 8 + 1 + i own tokens of each row, and writes one each.
   expected = sum(weights + 4 * 4 * CONFIG.hidden_size
-                 + CONFIG.kv_bytes_per_token * (64 + 4 * (9 + i) + 4) for i in range(4))
+                 + CONFIG.kv_bytes_per_token(1) * (64 + 4 * (9 + i) + 4) for i in range(4))
   assert floors[1][1][1] == pytest.approx(expected, rel=1e-12)
 
 
@@ -203,7 +203,8 @@ def test_configs_fit_a_card_of_80_gb(name):
   model = load_config(config.model)
   assert model.dtype == "bfloat16" and model.num_params > 5e8
   card = 80 * 10**9
-  engine = planner.memory.settle(model, config.engine, int(planner.memory.DEVICE_SHARE * card))
+  engine = planner.memory.settle(model, config.engine, CHIPS["a100"],
+                                 int(planner.memory.DEVICE_SHARE * card))
   assert 0.9 * card < planner.memory.estimate_memory(model, engine).total_bytes < 0.95 * card
 
 

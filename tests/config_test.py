@@ -73,7 +73,10 @@ def test_model_shapes_are_checked():
                num_kv_heads=2, head_dim=4, max_len=16)
   config = ModelConfig(**shape)
   assert config.layer_kinds == ("global", "global")
-  assert config.kv_bytes_per_token == 2 * 2 * 2 * 4 * 4
+  assert config.kv_bytes_per_token(1) == 2 * 2 * 2 * 4 * 4
+  assert config.kv_width(128) == 128 and config.kv_bytes_per_token(128) == 2 * 2 * 128 * 4
+  assert [dataclasses.replace(config, head_dim=h).kv_width(128) for h in (64, 80, 96, 256)] == [
+      128, 256, 256, 512]
   for values, message in ((dict(num_kv_heads=3), "not a multiple"), (dict(head_dim=0), "head_dim"),
                           (dict(layer_kinds=("local", "global")), "sliding_window"),
                           (dict(layer_kinds=("global",)), "layer_kinds")):

@@ -20,8 +20,8 @@ class KVState:
   write updates its own donated buffer in place.
 
   Attributes:
-    pages: for each layer [A, K, page_size, 2 * H]; keys (rotated) in the lower
-      and values in the upper half of the last axis.
+    pages: for each layer [A, K, page_size, W]; keys (rotated) at [0, H) and values
+      at [H, 2 * H) of the last axis, the rest of it unused.
   """
 
   pages: tuple[Any, ...]  # arrays, or what stands for them: shapes, shardings
@@ -32,7 +32,10 @@ class KVState:
     return self.pages[0].shape[2]
 
 
-def init_kv_state(config: ModelConfig, num_pages: int, page_size: int) -> KVState:
-  """An empty pool of `num_pages` pages of `page_size` tokens, in the model's dtype."""
-  shape = (num_pages, config.num_kv_heads, page_size, 2 * config.head_dim)
+def init_kv_state(config: ModelConfig, num_pages: int, page_size: int, lanes: int = 1) -> KVState:
+  """An empty pool of `num_pages` pages of `page_size` tokens, in the model's dtype.
+
+  The last axis fills whole `lanes` (`EngineConfig.kv_lanes`).
+  """
+  shape = (num_pages, config.num_kv_heads, page_size, config.kv_width(lanes))
   return KVState(tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers)))

@@ -73,7 +73,8 @@ def make_state_fn(config: ModelConfig, engine: EngineConfig, num_pages: int, max
                   features: SamplingFeatures) -> Callable[[], step.EngineState]:
   """Makes an engine at rest on the device: an empty pool and empty slots."""
   return jax.jit(lambda: step.init_engine_state(
-      init_kv_state(config, num_pages, engine.page_size), max_rows, config.vocab_size, features))
+      init_kv_state(config, num_pages, engine.page_size, engine.kv_lanes), max_rows,
+      config.vocab_size, features))
 
 
 def compile_steps(module: Any, params: Any, state: step.EngineState, buckets: Sequence[Bucket],

@@ -46,7 +46,7 @@ def advance(schedule: Schedule, positions: Int[Array, "T"]) -> Schedule:
     return kernel.advance(schedule, positions)
 
 
-def shared_prefix_attention(q: Float[Array, "T Q H"], kv_pages: Float[Array, "A K page 2*H"],
+def shared_prefix_attention(q: Float[Array, "T Q H"], kv_pages: Float[Array, "A K page kv_dim"],
                             schedule: Schedule, *, scale: float, window: int | None = None,
                             soft_cap: float | None = None) -> Float[Array, "T Q H"]:
   """softmax(scale * q k^T) v over the KV of all segments that hold a token.

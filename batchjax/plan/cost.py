@@ -23,6 +23,8 @@ class Chip:
     hbm_bytes: its capacity.
     step_overhead_secs: an assumed fixed cost of a step: its dispatch and the
       launch of its kernels.
+    lanes: arrays whose last axis is a multiple of this are stored as they are; TPUs fill others
+      up, or put another axis there.
   """
 
   name: str
@@ -31,6 +33,7 @@ class Chip:
   hbm_bytes_per_sec: float
   hbm_bytes: int
   step_overhead_secs: float
+  lanes: int = 1
 
 
 # Peaks are those of the vendors' data sheets (NVIDIA A100 80GB SXM, H100 and H200 SXM,
@@ -45,10 +48,10 @@ CHIPS = MappingProxyType({chip.name: chip for chip in (
     Chip("h200", 989e12, 67e12, 4800e9, 141 * 10**9, 1e-4),
     Chip("l4", 121e12, 30e12, 300e9, 24 * 10**9, 1e-4),
     Chip("t4", 65e12, 8e12, 320e9, 16 * 10**9, 1e-4),
-    Chip("v5e", 197e12, 197e12 / 6, 819e9, 16 << 30, 1e-4),
-    Chip("v5p", 459e12, 459e12 / 6, 2765e9, 95 << 30, 1e-4),
-    Chip("v6e", 918e12, 918e12 / 6, 1638e9, 32 << 30, 1e-4),
-    Chip("tpu7x", 2307e12, 2307e12 / 6, 7380e9, 192 << 30, 1e-4),
+    Chip("v5e", 197e12, 197e12 / 6, 819e9, 16 << 30, 1e-4, 128),
+    Chip("v5p", 459e12, 459e12 / 6, 2765e9, 95 << 30, 1e-4, 128),
+    Chip("v6e", 918e12, 918e12 / 6, 1638e9, 32 << 30, 1e-4, 128),
+    Chip("tpu7x", 2307e12, 2307e12 / 6, 7380e9, 192 << 30, 1e-4, 128),
 )})
 
 
@@ -76,7 +79,7 @@ def step_cost(model: ModelConfig, chip: Chip, num_tokens: int, num_sampled: int,
     flops     = 2 * num_tokens * P_layers + 2 * num_sampled * D * V
                 + 4 * attn_pairs * Q * H * L
     hbm_bytes = itemsize * (P_layers + num_tokens * D) + [num_sampled > 0] * itemsize * D * V
-                + kv_bytes_per_token * (kv_read_tokens + num_tokens)
+                + kv_bytes_per_token(lanes) * (kv_read_tokens + num_tokens)
     secs      = max(flops / peak, hbm_bytes / bandwidth) + step_overhead_secs
 
   and `serial_secs` the sum of two such maxima, one of the terms with attn_pairs and kv, one of the rest.
@@ -100,7 +103,7 @@ def step_cost(model: ModelConfig, chip: Chip, num_tokens: int, num_sampled: int,
   hbm_bytes = (itemsize * (layer_params + num_tokens * model.hidden_size)
                + (itemsize * unembedding if num_sampled else 0))
   attn_flops = 4 * attn_pairs * model.num_heads * model.head_dim * model.num_layers
-  attn_bytes = model.kv_bytes_per_token * (kv_read_tokens + num_tokens)
+  attn_bytes = model.kv_bytes_per_token(chip.lanes) * (kv_read_tokens + num_tokens)
   secs = lambda flops, hbm_bytes: max(flops / peak, hbm_bytes / chip.hbm_bytes_per_sec)
   total = float(flops + attn_flops), float(hbm_bytes + attn_bytes)
   return StepCost(

@@ -9,6 +9,7 @@ import numpy as np
 from batchjax.config import ConfigError
 from batchjax.config import EngineConfig
 from batchjax.config import ModelConfig
+from batchjax.plan.cost import Chip
 from batchjax.plan.prefix_tree import PrefixTree
 
 Tokens = TypeVar("Tokens", int, np.ndarray)
@@ -57,31 +58,37 @@ def estimate_memory(model: ModelConfig, engine: EngineConfig) -> MemoryEstimate:
   # Residual stream and its norm, beside the wider of attention (q, k, v, out) and feed-forward.
   widest = 2 * model.hidden_size + max(attention + model.num_heads * model.head_dim,
                                        3 * model.ffn_size)
-  page_bytes = engine.page_size * model.kv_bytes_per_token
   return MemoryEstimate(
       weight_bytes=model.num_params * itemsize,
-      kv_bytes=num_kv_pages(model, engine) * page_bytes,
+      kv_bytes=num_kv_pages(model, engine) * _page_bytes(model, engine),
       logits_bytes=_LOGITS_COPIES * engine.max_rows * model.vocab_size * 4,
       activation_bytes=engine.max_step_tokens * widest * itemsize,
   )
 
 
-def settle(model: ModelConfig, engine: EngineConfig, device_bytes: int | None) -> EngineConfig:
-  """The engine with the size of its KV pool settled, where it is to take what is left.
+def _page_bytes(model: ModelConfig, engine: EngineConfig) -> int:
+  return engine.page_size * model.kv_bytes_per_token(engine.kv_lanes)
+
+
+def settle(model: ModelConfig, engine: EngineConfig, chip: Chip,
+           device_bytes: int | None) -> EngineConfig:
+  """The engine with its KV pool settled: as wide as the chip likes it, and its size.
 
   Args:
     model: shapes of the model.
-    engine: returned as it is if it names a size.
+    engine: keeps the size that it names, if any; else the pool is to take what is left.
+    chip: where it will run.
     device_bytes: memory that JAX may take on the device; None where the device does not say.
 
   Raises:
     ConfigError: weights and steps leave no memory.
   """
+  engine = dataclasses.replace(engine, kv_lanes=max(engine.kv_lanes, chip.lanes))
   if engine.num_pages or engine.kv_memory_bytes or device_bytes is None:
     return engine
   needed = estimate_memory(model, dataclasses.replace(engine, num_pages=1))
   left = int(device_bytes * (1 - _SLACK)) - needed.total_bytes
-  num_pages = left // (engine.page_size * model.kv_bytes_per_token)
+  num_pages = left // _page_bytes(model, engine)
   num_pages -= num_pages % _PAGE_MULTIPLE
   if num_pages <= 0:
     gib = lambda num_bytes: f"{num_bytes / 2**30:.2f} GiB"
@@ -101,7 +108,7 @@ def num_kv_pages(model: ModelConfig, engine: EngineConfig) -> int:
   """
   if engine.num_pages > 0:
     return engine.num_pages
-  page_bytes = engine.page_size * model.kv_bytes_per_token
+  page_bytes = _page_bytes(model, engine)
   kv_bytes = engine.kv_memory_bytes or _DEFAULT_KV_BYTES
   num_pages = kv_bytes // page_bytes
   if num_pages == 0:

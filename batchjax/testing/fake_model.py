@@ -57,7 +57,7 @@ class FakeModel:
     page_size = self.page_size
     slots = jnp.where(inputs.write_slots < 0, kv.pages[0].shape[0] * page_size, inputs.write_slots)
     new = jnp.concatenate([number(inputs.tokens), number(inputs.positions)], axis=-1)
-    pages = kv.pages[0].at[slots // page_size, :, slots % page_size].set(new, mode="drop")
+    pages = kv.pages[0].at[slots // page_size, :, slots % page_size, :2].set(new, mode="drop")
     segments = inputs.segments if schedule is None else schedule
     token = jnp.arange(inputs.tokens.shape[0])
 
@@ -66,7 +66,7 @@ class FakeModel:
 
       def add_kv(j, total):
         page = inputs.page_indices[seg.page_start + j // page_size]
-        key, value = pages[page, 0, j % page_size]
+        key, value = pages[page, 0, j % page_size, :2]
         # The stored position, not the one it should have: a misplaced token changes the hash.
         hashed = mix(key.astype(jnp.int32), value.astype(jnp.int32))
         seen = ((token >= seg.q_start) & (token < seg.q_start + seg.q_len)

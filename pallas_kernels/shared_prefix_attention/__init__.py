@@ -7,15 +7,19 @@ shared by n rows is one segment, so its KV is read once for the group instead
 of once per row (Hydragen, section 3; BatchLLM, section 5 is the two-level case,
 ragged paged attention the one-level case).
 
-KV layout: `kv_pages[A, K, page_size, 2 * H]`, keys in the lower and values in
-the upper half of the last axis. Why: the KV of one head and page is one
-contiguous tile, so a page arrives as one TMA box or DMA for all heads of a
-device; head_dim 64 fills all 128 TPU lanes without padding; page_size is the
-sublane axis and never padded by an odd number of heads; sharding over KV
-heads splits one axis.
+KV layout: `kv_pages[A, K, page_size, W]`, keys at [0, H) and values at [H, 2 * H)
+of the last axis. Why: the KV of one head and page is one contiguous tile, so a
+page arrives as one TMA box or DMA for all heads of a device; head_dim 64 fills
+all 128 TPU lanes without padding; page_size is the sublane axis and never padded
+by an odd number of heads; sharding over KV heads splits one axis.
 
-Dimension letters: T flat tokens, Q query heads, K KV heads, H head dim,
-A pages in the pool, S segments, I entries of the flat page list.
+W is 2 * H. "reference" and "mosaic_tpu" also take a wider pool, and whatever lies
+behind 2 * H, NaN included, changes no result. On TPU W should be a multiple of the
+128 lanes: else XLA stores the pool with pages in the lanes, and copies all of it
+before every kernel.
+
+Dimension letters: T flat tokens, Q query heads, K KV heads, H head dim, W width of
+the pool, A pages in the pool, S segments, I entries of the flat page list.
 """
 
 import functools
@@ -124,7 +128,7 @@ def shared_prefix_attention(q: jax.Array, kv_pages: jax.Array, schedule: Schedul
 
   Args:
     q: [T, Q, H], rotated queries.
-    kv_pages: [A, K, page_size, 2 * H]; this step's K and V are already written.
+    kv_pages: [A, K, page_size, W]; this step's K and V are already written.
       Slots that no segment holds may contain anything, NaN included.
     schedule: from `make_schedule`, which also settled the implementation.
     scale: multiplies the scores.
@@ -141,9 +145,9 @@ def shared_prefix_attention(q: jax.Array, kv_pages: jax.Array, schedule: Schedul
     NotImplementedError: the implementation cannot run here.
     ValueError: shapes do not fit together.
   """
-  if q.ndim != 3 or kv_pages.ndim != 4 or kv_pages.shape[3] != 2 * q.shape[2]:
-    raise ValueError(
-        f"q {q.shape} needs kv_pages [A, K, page_size, {2 * q.shape[-1]}], got {kv_pages.shape}")
+  if q.ndim != 3 or kv_pages.ndim != 4 or kv_pages.shape[3] < 2 * q.shape[2]:
+    raise ValueError(f"q {q.shape} needs kv_pages [A, K, page_size, {2 * q.shape[-1]} or more], "
+                     f"got {kv_pages.shape}")
   if q.shape[1] % kv_pages.shape[1]:
     raise ValueError(f"{q.shape[1]} query heads do not divide over {kv_pages.shape[1]} KV heads")
   o, lse = _attend(q, kv_pages, schedule, float(scale), window, soft_cap, interpret)
@@ -164,7 +168,7 @@ def write_kv(kv_pages: jax.Array, k: jax.Array, v: jax.Array, write_slots: jax.A
   """Writes the keys and values of a step into one layer's pool, in place when it is donated.
 
   Args:
-    kv_pages: [A, K, page_size, 2 * H].
+    kv_pages: [A, K, page_size, W].
     k, v: [T, K, H], keys rotated.
     write_slots: i32[T], page * page_size + offset of each token; -1 drops it. Slots other than
       -1 differ, and those of one page stand side by side on the flat axis.

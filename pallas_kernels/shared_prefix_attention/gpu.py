@@ -112,6 +112,8 @@ def attend(q: jax.Array, kv_pages: jax.Array, schedule: gpu_schedule.Schedule, *
     raise ValueError(f"the schedule was made for {tiling.num_heads} heads, {tiling.num_kv_heads} "
                      f"KV heads, pages of {tiling.page_size}; got {num_heads}, {num_kv_heads}, "
                      f"{page_size}")
+  if kv_pages.shape[3] != 2 * head_dim:
+    raise ValueError(f"mosaic_gpu takes pools of width {2 * head_dim}, got {kv_pages.shape[3]}")
   reason = why_not(head_dim=head_dim, page_size=page_size, num_heads=num_heads,
                    num_kv_heads=num_kv_heads, q_dtype=q.dtype, kv_dtype=kv_pages.dtype)
   if reason:

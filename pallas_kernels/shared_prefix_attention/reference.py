@@ -125,12 +125,12 @@ def attend(q: jax.Array, kv_pages: jax.Array, schedule: Schedule, *, scale: floa
     return acc, new_top, total * decay + probs.sum(axis=-1)
 
   def gather(page_start, block, block_len):
-    """KV [K, block_len, 2H] of block number `block` of a page list."""
+    """KV [K, block_len, 2 * H] of block number `block` of a page list."""
     num_pages = block_len // page_size
     pages = jax.lax.dynamic_slice_in_dim(
         schedule.page_indices, page_start + block * num_pages, num_pages)
     kv = jnp.take(kv_pages, pages, axis=0, mode="clip")
-    return kv.swapaxes(0, 1).reshape(num_kv_heads, block_len, 2 * head_dim)
+    return kv.swapaxes(0, 1).reshape(num_kv_heads, block_len, -1)[..., :2 * head_dim]
 
   def sees(kv_start, kv_len, block_start, block_len, positions):
     """bool[..., block_len]: which KV of a block the token at `positions[...]` may read."""
@@ -212,12 +212,13 @@ def attend(q: jax.Array, kv_pages: jax.Array, schedule: Schedule, *, scale: floa
 def write_kv(kv_pages: jax.Array, k: jax.Array, v: jax.Array,
              write_slots: jax.Array) -> jax.Array:
   """See `shared_prefix_attention.write_kv`: one XLA scatter."""
-  num_pages, _, page_size, _ = kv_pages.shape
+  num_pages, _, page_size, width = kv_pages.shape
   # Dropped tokens point behind the pool, each at a page of its own: the indices
   # are then unique, which spares the scatter its atomics on GPU.
   behind = num_pages + jnp.arange(write_slots.shape[0], dtype=jnp.int32)
   page = jnp.where(write_slots < 0, behind, write_slots // page_size)
   with jax.named_scope("write_kv"):
     kv = jnp.concatenate([k, v], axis=-1).astype(kv_pages.dtype)
+    kv = jnp.pad(kv, ((0, 0), (0, 0), (0, width - kv.shape[2])))
     return kv_pages.at[page, :, write_slots % page_size].set(
         kv, mode="drop", unique_indices=True)

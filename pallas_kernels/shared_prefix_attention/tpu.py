@@ -15,8 +15,8 @@ from pallas_kernels.shared_prefix_attention import tpu_kernel
 from pallas_kernels.shared_prefix_attention import tpu_schedule
 from pallas_kernels.shared_prefix_attention.tpu_schedule import advance, LANES, Schedule, Tiling
 
-__all__ = ("advance", "attend", "default_tiling", "generation_of", "make_schedule", "tuned",
-           "why_not")
+__all__ = ("advance", "attend", "default_tiling", "generation_of", "make_schedule", "pool_width",
+           "tuned", "why_not")
 
 GENERATIONS = {"TPU v5 lite": "v5e", "TPU v5e": "v5e", "TPU v5": "v5p", "TPU v5p": "v5p",
                "TPU v6 lite": "v6e", "TPU v6e": "v6e", "TPU7x": "tpu7x", "TPU v7x": "tpu7x"}
@@ -36,6 +36,11 @@ def why_not(*, head_dim: int, page_size: int, q_dtype, kv_dtype) -> str | None:
   if head_dim % 8 or head_dim > 256:
     return f"mosaic_tpu takes head dims up to 256 that 8 divides, got {head_dim}"
   return None
+
+
+def pool_width(head_dim: int) -> int:
+  """The width of a KV pool that XLA stores as the kernels read it: 2 * H in whole lanes."""
+  return -(-2 * head_dim // LANES) * LANES
 
 
 @functools.cache
@@ -75,7 +80,7 @@ def default_tiling(*, num_tokens: int, page_size: int, num_heads: int, num_kv_he
   kv_heads, group = num_kv_heads // cores, num_heads // num_kv_heads
   width = head_dim if head_dim % LANES == 0 else 2 * head_dim
   # Few or narrow KV heads make small pages: more tokens per unit keep the cycles per byte low.
-  token_lanes = kv_heads * -(-2 * head_dim // LANES) * LANES
+  token_lanes = kv_heads * pool_width(head_dim)
   row_kv = sizes["row_kv"]
   while row_kv < sizes["max_row_kv"] and 2 * row_kv * token_lanes <= sizes["row_unit_lanes"]:
     row_kv *= 2
@@ -178,8 +183,9 @@ def attend(q: jax.Array, kv_pages: jax.Array, schedule: Schedule, *, scale: floa
   q_rows = jnp.pad(q_rows, ((0, 0), (0, 0), (0, -heads % 8), (0, 0)))
 
   table, units = tpu_schedule.scalars(schedule, window)
-  o, lse = tpu_kernel.attend_blocks(table, units, schedule, q_rows, q_tiles, kv_pages, scale=scale,
-                                    window=window, soft_cap=soft_cap, interpret=interpret)
+  o, lse = tpu_kernel.attend_blocks(
+      table, units, schedule, q_rows, q_tiles, kv_pages, values_at=2 * head_dim - width,
+      scale=scale, window=window, soft_cap=soft_cap, interpret=interpret)
   o = o[:num_tokens, :, :heads, width - head_dim:].reshape(q.shape)
   lse = lse[:, :num_tokens, :heads].swapaxes(0, 1).reshape(num_tokens, num_heads)
   return o.astype(q.dtype), lse

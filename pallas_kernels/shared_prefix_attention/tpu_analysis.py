@@ -101,7 +101,7 @@ def analyze(generation: str, device, folder: pathlib.Path, *, num_heads: int, nu
   jax.jit(step).lower(
       Segments(*(ints(num_tokens),) * 5), ints(64 * num_tokens), ints(num_tokens),
       array(jnp.bfloat16, num_tokens, num_heads, head_dim),
-      array(jnp.bfloat16, 4096, num_kv_heads, page_size, 2 * head_dim)).compile()
+      array(jnp.bfloat16, 4096, num_kv_heads, page_size, tpu.pool_width(head_dim))).compile()
   loops = read_loops(folder)
   if len(loops) != 3:
     raise ValueError(f"expected a tile loop, its masked twin and a row step, found {len(loops)}")
@@ -110,7 +110,7 @@ def analyze(generation: str, device, folder: pathlib.Path, *, num_heads: int, nu
   clock = table["clock_hz"]
   width = -(-head_dim // 128) * 128
   flops = 4 * tiling.heads * tiling.tile_rows * tiling.tile_kv * width
-  step_bytes = tiling.rows * tiling.row_kv * num_kv_heads * -(-2 * head_dim // 128) * 128 * 2
+  step_bytes = tiling.rows * tiling.row_kv * num_kv_heads * tpu.pool_width(head_dim) * 2
   return Report(tiling, *loops,
                 tile_cycles=flops / (table["bf16_flops"] / table["cores"] / clock),
                 dma_cycles=step_bytes / table["hbm_bytes_per_sec"] * clock)

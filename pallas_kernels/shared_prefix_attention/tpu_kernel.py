@@ -34,8 +34,8 @@ _PAGES, _KV, _COMPUTE = range(3)  # the three cursors over the units
 
 
 def attend_blocks(table: jax.Array, units: jax.Array, schedule: tpu_schedule.Schedule,
-                  q_rows: jax.Array, q_tiles: jax.Array, kv_pages: jax.Array, *, scale: float,
-                  window: int | None, soft_cap: float | None, interpret):
+                  q_rows: jax.Array, q_tiles: jax.Array, kv_pages: jax.Array, *, values_at: int,
+                  scale: float, window: int | None, soft_cap: float | None, interpret):
   """One launch over all q blocks.
 
   Args:
@@ -44,7 +44,8 @@ def attend_blocks(table: jax.Array, units: jax.Array, schedule: tpu_schedule.Sch
     q_rows: [T', cores, Q', D], by token; Q' a multiple of 8 (padded heads per core).
     q_tiles: [K, T' * G, D], by KV head. D is H, or 2 * H (upper half zero) where H does not
       fill lanes.
-    kv_pages: [A, K, page_size, 2 * H].
+    kv_pages: [A, K, page_size, W]; lanes behind 2 * H arrive in VMEM and are not read there.
+    values_at: first of the D lanes that probabilities multiply: H, or 0 where D is 2 * H.
 
   Returns:
     o: [T', cores, Q', D] in q's dtype; where D is 2 * H the upper half holds the result.
@@ -81,7 +82,7 @@ def attend_blocks(table: jax.Array, units: jax.Array, schedule: tpu_schedule.Sch
     pages = pltpu.with_memory_space_constraint(pages, pltpu.HBM)
   body = functools.partial(
       _kernel, tiling=tiling, page_size=page_size, group=group, num_blocks=num_blocks,
-      scale=scale, window=window, soft_cap=soft_cap)
+      values_at=values_at, scale=scale, window=window, soft_cap=soft_cap)
   return pl.pallas_call(
       body,
       out_shape=[jax.ShapeDtypeStruct(q_rows.shape, q_rows.dtype),
@@ -125,15 +126,15 @@ def vmem_bytes(tiling, num_heads, num_kv_heads, group, width, kv_width, q_dtype,
 
 def _kernel(table, units, pages_hbm, kv_hbm, positions, q_rows, q_tiles, o_ref, lse_ref,
             kv_buf, s_buf, pages, cursors, tile_top, tile_sum, tile_acc, row_top, row_sum, row_acc,
-            kv_sems, page_sems, *, tiling, page_size, group, num_blocks, scale, window, soft_cap):
+            kv_sems, page_sems, *, tiling, page_size, group, num_blocks, values_at, scale, window,
+            soft_cap):
   core, block = pl.program_id(0), pl.program_id(1)
   slots, num_kv_heads, _, kv_width = kv_buf.shape
   num_heads, width = q_rows.shape[1:]
   capacity = table.shape[0] // NUM_FIELDS
   num_items = units[2 * num_blocks]
   tile_state, row_state = (tile_top, tile_sum, tile_acc), (row_top, row_sum, row_acc)
-  values = slice(0, kv_width) if width == kv_width else slice(width, kv_width)
-  keys = slice(0, width)
+  keys, values = slice(0, width), slice(values_at, values_at + width)
   precision = lax.Precision.HIGHEST if q_rows.dtype == jnp.float32 else None
   field = lambda name, item: table[name * capacity + item]
 

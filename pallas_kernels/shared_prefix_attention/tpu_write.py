@@ -26,7 +26,8 @@ def write_kv(kv_pages: jax.Array, k: jax.Array, v: jax.Array, write_slots: jax.A
   In place when `kv_pages` is donated or otherwise dead.
 
   Args:
-    kv_pages: [A, K, page_size, 2 * H], the pool; page_size a multiple of 8.
+    kv_pages: [A, K, page_size, W], the pool; page_size a multiple of 8. Of a written slot the
+      lanes behind 2 * H become zeros.
     k, v: [T, K, H].
     write_slots: i32[T], page * page_size + offset of each token; -1 drops it. Tokens whose
       slots lie in the same 8 tokens of a page are adjacent on the flat axis.
@@ -41,7 +42,7 @@ def write_kv(kv_pages: jax.Array, k: jax.Array, v: jax.Array, write_slots: jax.A
   padding = num_blocks * block - num_tokens
   # float32 rows: a row of packed bf16 cannot be addressed alone.
   new = jnp.concatenate([k, v], axis=-1).astype(kv_pages.dtype).astype(jnp.float32)
-  new = jnp.pad(new, ((0, padding), (0, 0), (0, 0)))
+  new = jnp.pad(new, ((0, padding), (0, 0), (0, width - new.shape[2])))
   slots = jnp.pad(write_slots.astype(jnp.int32), (0, padding), constant_values=-1)
 
   # A run is the tokens of one grid step that fall into one tile.

@@ -24,7 +24,10 @@ def test_an_empty_pool(dtype):
   assert kv.page_size == PAGE_SIZE and len(kv.pages) == config.num_layers
   assert all(x.shape == (NUM_PAGES, 2, PAGE_SIZE, 32) and x.dtype == dtype for x in kv.pages)
   assert len(KV_AXES) == kv.pages[0].ndim
-  assert sum(x.nbytes for x in kv.pages) == NUM_PAGES * PAGE_SIZE * config.kv_bytes_per_token
+  assert sum(x.nbytes for x in kv.pages) == NUM_PAGES * PAGE_SIZE * config.kv_bytes_per_token(1)
+  wide = init_kv_state(config, NUM_PAGES, PAGE_SIZE, lanes=128)
+  assert all(x.shape == (NUM_PAGES, 2, PAGE_SIZE, 128) for x in wide.pages)
+  assert sum(x.nbytes for x in wide.pages) == NUM_PAGES * PAGE_SIZE * config.kv_bytes_per_token(128)
 
 
 @pytest.mark.parametrize("seed", range(5))

@@ -40,16 +40,16 @@ needs_new_jax = pytest.mark.skipif(not hasattr(plgpu, "InterpretGPUParams"),
 
 
 @functools.cache
-def model(dtype: str) -> Model:
+def model(dtype: str, head_dim: int) -> Model:
   # One layer where the interpreter takes seconds for each.
-  config = dataclasses.replace(SHAPES["tiny_llama"], head_dim=64, dtype=dtype, layer_kinds=(),
+  config = dataclasses.replace(SHAPES["tiny_llama"], head_dim=head_dim, dtype=dtype, layer_kinds=(),
                                num_layers=2 if dtype == "float32" else 1)
   return Model(config, random_params(config, seed=0))
 
 
 def requests(max_tokens: int) -> list[Request]:
   rng = np.random.default_rng(0)
-  draw = lambda n: rng.integers(0, model("float32").config.vocab_size, n).astype(np.int32)
+  draw = lambda n: rng.integers(0, SHAPES["tiny_llama"].vocab_size, n).astype(np.int32)
   system, document = draw(21), draw(19)
   # The second prompt ends with a page of its own run, the last shares nothing.
   prompts = [np.concatenate(parts) for parts in (
@@ -67,17 +67,18 @@ def no_transfer_guard(monkeypatch):
   jax.clear_caches()  # traces hold what a test has put in the place of a kernel
 
 
-def complete(dtype: str, attention: str) -> dict:
-  engine = dataclasses.replace(ENGINE, attention=attention)
+def complete(dtype: str, attention: str, head_dim: int = 64, kv_lanes: int = 1) -> dict:
+  engine = dataclasses.replace(ENGINE, attention=attention, kv_lanes=kv_lanes)
   jobs = requests(5) if dtype == "float32" else requests(3)[1:3]
-  return {c.request_id: c.choices[0] for c in generate(model(dtype), jobs, engine)}
+  return {c.request_id: c.choices[0] for c in generate(model(dtype, head_dim), jobs, engine)}
 
 
-def test_tpu_kernels_give_the_tokens_of_the_reference(monkeypatch):
+@pytest.mark.parametrize("implementation", ["mosaic_tpu", "reference"])
+def test_tpu_kernels_and_wide_pools_give_the_tokens_of_the_reference(implementation, monkeypatch):
   monkeypatch.setattr(tpu, "_target_kind", lambda: "TPU v6 lite")
   with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
-    got = complete("float32", "mosaic_tpu")
-  want = complete("float32", "reference")
+    got = complete("float32", implementation, head_dim=80, kv_lanes=128)
+  want = complete("float32", "reference", head_dim=80)
   assert len(want) == 4
   assert_equal(got, want)
 

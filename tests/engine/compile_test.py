@@ -47,7 +47,7 @@ def test_the_pool_is_updated_in_place(bucket):
   steps, state = compiled(model, Transformer, [bucket])
   executable = steps[bucket]
   pool_bytes = sum(pages.nbytes for pages in state.kv.pages)
-  assert pool_bytes == NUM_PAGES * PAGE_SIZE * model.config.kv_bytes_per_token
+  assert pool_bytes == NUM_PAGES * PAGE_SIZE * model.config.kv_bytes_per_token(1)
   memory = executable.memory_analysis()
   assert memory.alias_size_in_bytes >= pool_bytes
   assert memory.temp_size_in_bytes < pool_bytes // model.config.num_layers

@@ -233,6 +233,11 @@ def test_unsupported_cases_say_why():
   layout = specs.lay_out(specs.SMALL["decode_own"])
   with pytest.raises(NotImplementedError, match="page sizes"):
     gpu.make_schedule(*arrays(layout), page_size=24, num_heads=4, num_kv_heads=2, head_dim=64)
+  spec = specs.SMALL["decode_own"]
+  case = specs.build(spec)
+  wide = np.pad(case.kv_pages, ((0, 0), (0, 0), (0, 0), (0, 128)))
+  with pytest.raises(ValueError, match="width 128, got 256"):
+    gpu.attend(case.q, wide, schedule_of(spec, case.layout), scale=1.0)
 
 
 def test_large_cases_measure_what_they_name():

@@ -110,8 +110,10 @@ def test_equals_float64(case, window, soft_cap):
     schedule = reference.make_schedule(segments, pages, positions, page_size=4, tiling=tiling)
     return reference.attend(q, kv, schedule, scale=0.5, window=window, soft_cap=soft_cap)
 
-  for tiling in (reference.Tiling(), reference.Tiling(4, 8, 2, 4, rows=2, row_kv=4)):
-    o, lse = run(q, kv, segments, pages, padded, tiling)
+  wide = np.pad(kv, ((0, 0), (0, 0), (0, 0), (0, 5)), constant_values=np.nan)
+  for pool, tiling in ((kv, reference.Tiling()),
+                       (wide, reference.Tiling(4, 8, 2, 4, rows=2, row_kv=4))):
+    o, lse = run(q, pool, segments, pages, padded, tiling)
     np.testing.assert_allclose(o, want_o, atol=2e-6)
     np.testing.assert_allclose(lse, want_lse, atol=2e-6)
 

@@ -44,7 +44,8 @@ def races_found() -> bool:
   return interpret_pallas_call.races.races_found
 
 
-def run(spec: Spec, tiling: Tiling, **changes):
+def run(spec: Spec, tiling: Tiling, *, spare_lanes: int = 0, **changes):
+  """(o, lse) of the kernel and by definition; the pool has `spare_lanes` of NaN behind its values."""
   case = specs.build(spec)
 
   def attend(segments, page_indices, positions, q, kv_pages):
@@ -57,7 +58,8 @@ def run(spec: Spec, tiling: Tiling, **changes):
 
   layout = case.layout
   kv_pages = case.kv_pages.astype(changes.get("kv_dtype", case.kv_pages.dtype))
-  o, lse = jax.jit(attend)(layout.segments, layout.page_indices, layout.positions, case.q, kv_pages)
+  pool = np.pad(kv_pages, ((0, 0), (0, 0), (0, 0), (0, spare_lanes)), constant_values=np.nan)
+  o, lse = jax.jit(attend)(layout.segments, layout.page_indices, layout.positions, case.q, pool)
   assert o.dtype == case.q.dtype and lse.dtype == jnp.float32
   expected = specs.exact(spec, layout, case.q, kv_pages)
   return (np.asarray(o, np.float64), np.asarray(lse)), expected
@@ -81,24 +83,35 @@ def test_equals_the_definition_without_races_or_stray_reads(spec, tiling):
   assert not races_found()
 
 
+@pytest.mark.parametrize("head_dim, spare_lanes", [(80, 96), (96, 64), (32, 64), (128, 128)])
+def test_lanes_behind_the_values_are_not_read(head_dim, spare_lanes):
+  spec = dataclasses.replace(specs.SMALL["head_dim_80"], head_dim=head_dim)
+  (o, lse), (expected, expected_lse) = run(spec, TILING, spare_lanes=spare_lanes)
+  np.testing.assert_allclose(o, expected, atol=2e-2)
+  np.testing.assert_allclose(lse, expected_lse, atol=1e-5)
+  assert not races_found()
+
+
 def test_float32_keys_meet_bfloat16_queries():
   spec = Spec("mixed_dtypes", (Row(20), Row(2, 3)), 2, 1, 64, 16)
   (o, _), (expected, _) = run(spec, TILING._replace(heads=1), kv_dtype=np.float32)
   np.testing.assert_allclose(o, expected, atol=1e-2)
 
 
-@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
-def test_write_kv_changes_its_slots_and_nothing_else(dtype, monkeypatch):
+@pytest.mark.parametrize("dtype, head_dim", [(jnp.bfloat16, 64), (jnp.float32, 64),
+                                             (jnp.bfloat16, 40)])
+def test_write_kv_changes_its_slots_and_nothing_else(dtype, head_dim, monkeypatch):
   monkeypatch.setattr(tpu_write, "_BLOCK", 16)  # runs of a tile that go on in the next grid step
   monkeypatch.setattr(tpu_write, "_AHEAD", 2)
   slots = np.asarray([5, -1, *range(20, 49), 80, 90, -1, -1, 63, 15], np.int32)
   rng = np.random.default_rng(0)
   draw = lambda *shape: jnp.asarray(rng.standard_normal(shape, np.float32), dtype)
-  pages, k, v = draw(6, 2, 16, 128), draw(len(slots), 2, 64), draw(len(slots), 2, 64)
+  pages, (k, v) = draw(6, 2, 16, 128), draw(2, len(slots), 2, head_dim)
   expected = np.array(pages)
   for token in np.flatnonzero(slots >= 0):
     page, offset = divmod(slots[token], 16)
-    expected[page, :, offset] = np.concatenate([k[token], v[token]], axis=-1)
+    expected[page, :, offset, :2 * head_dim] = np.concatenate([k[token], v[token]], axis=-1)
+    expected[page, :, offset, 2 * head_dim:] = 0
   write = jax.jit(functools.partial(tpu_write.write_kv, interpret=INTERPRET))
   np.testing.assert_array_equal(np.asarray(write(pages, k, v, slots)), expected)
   assert not races_found()
@@ -223,16 +236,17 @@ def compile_step(generation, *, num_tokens=256, num_segments=256, num_indices=40
 
   kv = array(dtype, num_tokens, num_kv_heads, head_dim)
   return jax.jit(step, donate_argnums=0).lower(
-      array(dtype, num_pages, num_kv_heads, page_size, 2 * head_dim),
+      array(dtype, num_pages, num_kv_heads, page_size, tpu.pool_width(head_dim)),
       Segments(*(ints(num_segments),) * 5), ints(num_indices), ints(num_tokens),
       array(dtype, num_tokens, num_heads, head_dim), kv, kv, ints(num_tokens)).compile()
 
 
 @needs_compiler
 @pytest.mark.parametrize("generation", list(TOPOLOGIES))
-def test_the_pool_is_written_in_place(generation):
+@pytest.mark.parametrize("head_dim", [80, 96, 128])
+def test_the_pool_is_written_in_place(generation, head_dim):
   pool_bytes = 4096 * 8 * 64 * 256 * 2
-  memory = compile_step(generation, num_pages=4096).memory_analysis()
+  memory = compile_step(generation, num_pages=4096, head_dim=head_dim).memory_analysis()
   assert memory.alias_size_in_bytes == pool_bytes
   assert memory.temp_size_in_bytes < pool_bytes // 20
 

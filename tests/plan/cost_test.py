@@ -48,10 +48,10 @@ def test_each_term_by_finite_difference():
   layer_params = LLAMA_8B.num_params - 2 * 4096 * 128_256
   token = step(num_tokens=101)
   assert token.flops - base.flops == 2 * layer_params
-  assert token.hbm_bytes - base.hbm_bytes == 2 * 4096 + LLAMA_8B.kv_bytes_per_token
+  assert token.hbm_bytes - base.hbm_bytes == 2 * 4096 + LLAMA_8B.kv_bytes_per_token(1)
   assert step(num_sampled=11).flops - base.flops == 2 * 4096 * 128_256
   assert base.hbm_bytes - step(num_sampled=0).hbm_bytes == 2 * 4096 * 128_256
-  assert step(kv_read_tokens=1001).hbm_bytes - base.hbm_bytes == LLAMA_8B.kv_bytes_per_token
+  assert step(kv_read_tokens=1001).hbm_bytes - base.hbm_bytes == LLAMA_8B.kv_bytes_per_token(1)
   assert step(attn_pairs=5001).flops - base.flops == 4 * 32 * 128 * 32
 
 

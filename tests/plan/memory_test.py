@@ -9,6 +9,7 @@ from batchjax.config import ConfigError
 from batchjax.config import EngineConfig
 from batchjax.config import ModelConfig
 from batchjax.plan import memory
+from batchjax.plan.cost import CHIPS
 from batchjax.plan.grouping import choose_nodes
 from batchjax.plan.grouping import no_sharing
 from batchjax.plan.prefix_tree import build_prefix_tree
@@ -89,12 +90,28 @@ def test_check_fits_names_the_numbers_and_the_remedy():
 def test_an_automatic_pool_takes_what_is_left():
   engine = EngineConfig(max_rows=1024, max_step_tokens=8192, page_size=64)
   device_bytes = 76 * 10**9
-  settled = memory.settle(LLAMA_8B, engine, device_bytes)
+  settle = lambda engine, device_bytes: memory.settle(LLAMA_8B, engine, CHIPS["h100"], device_bytes)
+  settled = settle(engine, device_bytes)
   assert 0.97 * device_bytes < memory.estimate_memory(LLAMA_8B, settled).total_bytes < device_bytes
-  assert memory.settle(LLAMA_8B, engine, device_bytes - (1 << 20)) == settled  # cached shapes
-  assert memory.settle(LLAMA_8B, engine, None) is engine  # the device does not say
+  assert settle(engine, device_bytes - (1 << 20)) == settled  # cached shapes
+  assert settle(engine, None) == engine  # the device does not say
   for named in (dict(num_pages=5), dict(kv_memory_bytes=1 << 30)):
     named = dataclasses.replace(engine, **named)
-    assert memory.settle(LLAMA_8B, named, device_bytes) is named
+    assert settle(named, device_bytes) == named
   with pytest.raises(ConfigError, match=r"of 14.90 GiB, weights take 14.96 GiB.*engine.max_rows"):
-    memory.settle(LLAMA_8B, engine, 16 * 10**9)
+    settle(engine, 16 * 10**9)
+
+
+def test_a_pool_on_a_tpu_fills_whole_lanes():
+  model = dataclasses.replace(LLAMA_8B, head_dim=80)
+  engine = EngineConfig(page_size=64)
+  device_bytes = 95 << 30
+  on_gpu, on_tpu = (memory.settle(model, engine, CHIPS[name], device_bytes)
+                    for name in ("h100", "v5p"))
+  assert (on_gpu.kv_lanes, on_tpu.kv_lanes) == (1, 128)
+  # 256 lanes instead of 160: fewer pages, in as many bytes.
+  assert on_tpu.num_pages == pytest.approx(on_gpu.num_pages * 160 / 256, rel=1e-3)
+  page_bytes = 32 * 8 * 64 * 256 * 2
+  assert memory.estimate_memory(model, on_tpu).kv_bytes == on_tpu.num_pages * page_bytes
+  named = dataclasses.replace(on_tpu, num_pages=0, kv_memory_bytes=10 * page_bytes)
+  assert memory.num_kv_pages(model, named) == 10
