@@ -41,4 +41,5 @@ def compile_absent(bucket: Bucket, plan: Plan, config: ModelConfig, engine: Engi
         Transformer(config, engine.page_size, attention, engine.max_levels), on_device(params),
         on_device(state), [bucket], features,
         SamplingTable(max_rows, features, config.eos_token_ids), None,
-        max_decode_steps=engine.max_decode_steps, max_len=config.max_len)[bucket]
+        max_decode_steps=engine.max_decode_steps, max_len=config.max_len,
+        compiler_options=compile_lib.COMPILER_OPTIONS[device.platform])[bucket]

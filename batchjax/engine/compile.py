@@ -22,11 +22,14 @@ from batchjax.engine.sampling_inputs import SamplingFeatures, SamplingTable
 from batchjax.types import Segments, StepInputs
 
 
-# A decode loop becomes one CUDA graph, its condition read on the device: with XLA's own choice the
-# host reads it after every step, and whoever dispatched the loop waits until it ends.
-_COMPILER_OPTIONS = {"gpu": {
-    "xla_gpu_enable_command_buffer":
-        "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL"}}
+COMPILER_OPTIONS = {
+    # A decode loop becomes one CUDA graph, its condition read on the device: with XLA's own choice
+    # the host reads it after every step, and whoever dispatched the loop waits until it ends.
+    "gpu": {"xla_gpu_enable_command_buffer":
+            "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL"},
+    # 16-bit arrays stay in tiles of 8 by 128, as arguments come. On tpu7x XLA prefers 16 by 128 in
+    # loops, and a decode loop would hold a second copy of all weights.
+    "tpu": {"xla_tpu_control_large_2nd_minor_layout_for_x16": False}}
 
 
 class CompileRecord(NamedTuple):
@@ -94,7 +97,7 @@ def compile_steps(module: Any, params: Any, state: step.EngineState, buckets: Se
     compiler_options: of XLA; None takes those that serve the backend best.
   """
   if compiler_options is None:
-    compiler_options = _COMPILER_OPTIONS.get(jax.default_backend())
+    compiler_options = COMPILER_OPTIONS.get(jax.default_backend())
   mixed = jax.jit(functools.partial(step.mixed_step, module, features), donate_argnums=2)
   decode = jax.jit(functools.partial(step.decode_loop, module, features, max_decode_steps),
                    donate_argnums=2)

@@ -17,7 +17,7 @@ from pallas_kernels.shared_prefix_attention import tpu_analysis
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is None,
                     reason="libtpu, the TPU compiler, is not installed")
-@pytest.mark.parametrize("generation, head_dim", [("v5e", 64), ("v6e", 64), ("v6e", 80)])
+@pytest.mark.parametrize("generation, head_dim", [("v5e", 64), ("v6e", 80), ("tpu7x", 64)])
 def test_steps_of_a_plan_compile_without_copies_of_pool_or_weights(generation, head_dim):
   config = dataclasses.replace(SHAPES["llama3_2_1b"], num_layers=2, layer_kinds=(),
                                head_dim=head_dim, dtype="bfloat16")
