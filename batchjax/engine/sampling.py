@@ -309,10 +309,7 @@ def _kth_largest(weights: Array, k: Array, max_k: int) -> Array:
   num_rows, fan, num_columns = weights.shape
   k = jnp.clip(k, 1, fan * num_columns)[:, None]
   if max_k <= _MAX_SELECT:
-    # All weights above the k-th largest lie in the k columns with the largest maxima.
-    _, columns = lax.top_k(weights.max(axis=1), min(max_k, num_columns))
-    best = jnp.take_along_axis(weights, columns[:, None], axis=2).reshape(num_rows, -1)
-    best, _ = lax.top_k(best, min(max_k, best.shape[1]))
+    best, _ = _largest(weights.reshape(num_rows, -1), min(max_k, fan * num_columns))
     return jnp.take_along_axis(best, k - 1, axis=1)[:, 0]
   # Floats that are not negative order as their bits; the highest bits of 0 to 1 are zero.
   bits = lax.bitcast_convert_type(weights, jnp.int32)
@@ -326,6 +323,23 @@ def _kth_largest(weights: Array, k: Array, max_k: int) -> Array:
 
   kth = lax.fori_loop(0, 30, decide_bit, jnp.zeros((num_rows, 1), jnp.int32))
   return lax.bitcast_convert_type(kth[:, 0], jnp.float32)
+
+
+def _largest(x: Array, k: int) -> tuple[Array, Array]:
+  """The k largest of each row of f32[R, N], none negative, in falling order; and their places.
+
+  They lie in the k columns with the largest maxima, which are found the same way: all that is
+  sorted is short.
+  """
+  if x.shape[1] <= 2 * _FAN_OUT * k:
+    return lax.top_k(x, k)
+  columns = _split(x, -1.0)
+  fan, num_columns = columns.shape[1:]
+  _, nodes = _largest(columns.max(axis=1), k)
+  best, at = lax.top_k(
+      jnp.take_along_axis(columns, nodes[:, None], axis=2).reshape(len(x), -1), k)
+  places = nodes[:, None] + num_columns * jnp.arange(fan, dtype=nodes.dtype)[:, None]
+  return best, jnp.take_along_axis(places.reshape(len(x), -1), at, axis=1)
 
 
 def _split(x: Array, fill: float = 0.0) -> Array:

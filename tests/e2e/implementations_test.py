@@ -83,8 +83,15 @@ def test_tpu_kernels_and_wide_pools_give_the_tokens_of_the_reference(implementat
   assert_equal(got, want)
 
 
+def use_one_cta(monkeypatch):
+  """The tuned blocks on one multiprocessor: the interpreter would run 132 that mostly idle."""
+  tuned = gpu.default_tiling
+  monkeypatch.setattr(gpu, "default_tiling", lambda **shape: tuned(**shape)._replace(num_ctas=1))
+
+
 @needs_new_jax
 def test_gpu_kernels_give_the_tokens_of_the_reference_but_for_ties(monkeypatch):
+  use_one_cta(monkeypatch)
   monkeypatch.setattr(gpu, "attend", functools.partial(
       gpu.attend, interpret=plgpu.InterpretGPUParams()))
   got, want = complete("bfloat16", "mosaic_gpu"), complete("bfloat16", "reference")
@@ -155,9 +162,7 @@ def test_smollm2_on_tpu_kernels_gives_the_tokens_of_the_reference(gguf, monkeypa
 
 @needs_new_jax
 def test_smollm2_on_gpu_kernels_gives_the_tokens_of_the_reference_but_for_ties(gguf, monkeypatch):
-  # The tuned blocks on one multiprocessor: the interpreter would run 132 that mostly idle.
-  tuned = gpu.default_tiling
-  monkeypatch.setattr(gpu, "default_tiling", lambda **shape: tuned(**shape)._replace(num_ctas=1))
+  use_one_cta(monkeypatch)
   monkeypatch.setattr(gpu, "attend", called(gpu.attend, interpret=plgpu.InterpretGPUParams()))
   got, want = complete_smollm2(gguf, "bfloat16", "mosaic_gpu", monkeypatch)
   assert_equal_but_for_ties(got, want, _NEAR_OF_30_LAYERS)

@@ -246,6 +246,19 @@ def test_ties_of_bfloat16_logits_are_kept_together():
     assert set(tokens) == {0, 1, 2, 3}
 
 
+@pytest.mark.parametrize("size, k", [(5000, 3), (5000, 40), (9001, 1), (700, 50), (300, 300)])
+def test_largest_finds_values_and_places(size, k):
+  rng = np.random.default_rng(size + k)
+  x = np.where(rng.random((3, size)) < 0.3, rng.random((3, size)), 0.0).astype(np.float32)
+  x[1, :] = 0.0
+  x[1, rng.integers(0, size, 2)] = 0.5  # fewer than k above zero
+  x[2] = np.round(x[2], 1)  # ties
+  best, places = jax.tree.map(np.asarray, jax.jit(sampling._largest, static_argnums=1)(x, k))
+  np.testing.assert_array_equal(best, -np.sort(-x, axis=1)[:, :k])
+  np.testing.assert_array_equal(np.take_along_axis(x, places, axis=1), best)
+  assert all(len(set(row)) == k for row in places)
+
+
 @pytest.mark.parametrize("max_k", [16, 1024, 2048])
 def test_kth_largest_of_ties_and_zeros(max_k):
   weights = np.round(np.random.default_rng(0).random((9, 333)), 2).astype(np.float32)

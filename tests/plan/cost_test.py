@@ -32,7 +32,7 @@ def test_serial_seconds_add_attention_to_the_products():
   step, wider = (cost.step_cost(LLAMA_8B, H100, **(args | change))
                  for change in ({}, dict(num_tokens=640)))
   products = 2 * (512 * (LLAMA_8B.num_params - 2 * 4096 * 128_256) + 512 * 4096 * 128_256)
-  kv_bytes = (512 * 512 + 512) * LLAMA_8B.kv_bytes_per_token
+  kv_bytes = (512 * 512 + 512) * LLAMA_8B.kv_bytes_per_token(1)
   assert step.serial_secs == pytest.approx(
       products / H100.bf16_flops + kv_bytes / H100.hbm_bytes_per_sec + H100.step_overhead_secs)
   assert step.secs < step.serial_secs <= 2 * step.secs
