@@ -90,7 +90,8 @@ def shapes(spec: specs.Spec) -> dict:
 
 def attend_fn(spec: specs.Spec):
   """Attention of some schedules, a layer each, fed with the last one's output."""
-  run = functools.partial(gpu.attend, scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap)
+  run = jax.jit(functools.partial(  # traced once for all layers
+      gpu.attend, scale=spec.scale, window=spec.window, soft_cap=spec.soft_cap))
   def layers(q, kv_pages, schedules):
     for schedule in schedules[:-1]:
       q, _ = run(q, kv_pages, schedule)
