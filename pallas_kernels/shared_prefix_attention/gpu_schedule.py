@@ -29,7 +29,6 @@ _WIDTH = 16  # a row is two memory sectors
 
 ITEM_ROWS = 2 * ROWS  # rows of the log-sum-exp table that an item owns
 
-_MAX_DEPTH = 4  # tree levels above a row
 _MAX_SPLITS = 32
 _SPLIT_FILL = 4  # splitting may fill the card at most this many times over
 
@@ -241,7 +240,7 @@ def _extent(table: jax.Array, positions: jax.Array, tiling: Tiling):
   return low, jnp.where(inside, position, -1).max(axis=1)
 
 
-def _fold(segments, tiling: Tiling):
+def _fold(segments, tiling: Tiling, max_levels: int):
   """Lets children read the KV of segments that are not worth tiles of their own.
 
   The children of a segment must hold each of its tokens once. Narrow ones read it where it is too
@@ -289,10 +288,11 @@ def _fold(segments, tiling: Tiling):
   num_left = total(jnp.where(stays, segments.q_len, 0))
   left_first = jnp.full((num_segments,), jnp.iinfo(jnp.int32).max).at[target].min(
       jnp.where(stays, first, jnp.iinfo(jnp.int32).max), mode="drop")
-  left_last = total(jnp.zeros_like(first)).at[target].max(jnp.where(stays, last, 0), mode="drop")
+  left_last = jnp.zeros((num_segments,), jnp.int32).at[target].max(
+      jnp.where(stays, last, 0), mode="drop")
   worth = covered & (total(reads) > 0) & ((num_left == 0) | (num_left == left_last - left_first))
   folded = jnp.zeros_like(worth)
-  for _ in range(_MAX_DEPTH):  # from the leaves up
+  for _ in range(max_levels):  # from the leaves up
     folded = worth & (total(folded) == 0)
   segments = segments._replace(
       q_start=jnp.where(folded & (num_left > 0), left_first, segments.q_start),
@@ -303,7 +303,7 @@ def _fold(segments, tiling: Tiling):
 def _tiles(segments, positions: jax.Array, tiling: Tiling, max_levels: int):
   """i32[., 16] with one row per q tile, holding all KV of its segment; and which are wide."""
   num_tokens, num_segments = positions.shape[0], segments.q_len.shape[0]
-  segments, above = _fold(segments, tiling)
+  segments, above = _fold(segments, tiling, max_levels)
   used = (segments.q_len > 0) & (segments.kv_len > 0)
   wide = segments.q_len > tiling.tokens
   num_tiles = jnp.where(wide, -(-segments.q_len // tiling.wide_tokens), 1)

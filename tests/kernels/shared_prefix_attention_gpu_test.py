@@ -38,9 +38,9 @@ def arrays(layout):
   return segments, jnp.asarray(layout.page_indices), jnp.asarray(layout.positions)
 
 
-def schedule_of(spec, layout, num_ctas=3, **changes):
+def schedule_of(spec, layout, num_ctas=3, max_levels=4, **changes):
   make = functools.partial(gpu_schedule.make_schedule, tiling=tiling_of(spec, num_ctas, **changes),
-                           max_levels=4)
+                           max_levels=max_levels)
   return jax.jit(make)(*arrays(layout))
 
 
@@ -164,6 +164,17 @@ def test_of_nested_segments_the_lower_is_folded():
   heads = items[items[:, HEAD_END] > 0][:, HEAD_END]
   assert sorted(heads) == [32] * 4 + [64] * 4
   assert pairs_of_items(schedule, layout, 16) == pairs_of_segments(layout, 16)
+
+
+def test_every_second_level_of_a_deep_tree_is_folded():
+  tree = specs.Row(5)
+  for _ in range(7):
+    tree = specs.Node(10, (tree, specs.Row(3)))
+  spec = specs.Spec("deep", (tree,), 4, 2, 64, 16)
+  layout = specs.lay_out(spec)
+  schedule = schedule_of(spec, layout, max_levels=8)
+  assert pairs_of_items(schedule, layout, 16) == pairs_of_segments(layout, 16)
+  assert (np.asarray(schedule.items)[:, HEAD_END] > 0).sum() == 8  # four nodes, two children each
 
 
 @pytest.mark.parametrize("name", ["decode_own", "four_levels", "prefill_cached", "mixed", "split"])
