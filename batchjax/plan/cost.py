@@ -82,7 +82,9 @@ def step_cost(model: ModelConfig, chip: Chip, num_tokens: int, num_sampled: int,
                 + kv_bytes_per_token(lanes) * (kv_read_tokens + num_tokens)
     secs      = max(flops / peak, hbm_bytes / bandwidth) + step_overhead_secs
 
-  and `serial_secs` the sum of two such maxima, one of the terms with attn_pairs and kv, one of the rest.
+  and `serial_secs` the sum of two such maxima: one of the terms of attention (attn_pairs, KV), one
+  of all others.
+
   P_layers are the parameters of all layers, each read once per step; D * V is
   the unembedding. Activations are taken to stay on the chip. It is a floor: no
   measured step is faster.

@@ -128,7 +128,8 @@ def make_plan(model: ModelConfig, requests: Sequence[Request], engine: EngineCon
       _MAX_DISPATCHES, max(p.top_logprobs for p in params))
   if is_only_window and len(shapes) < _MAX_DISPATCHES and all(p.ignore_eos for p in params):
     # The simulation is the job: where the pool holds fewer rows, no step need be wider.
-    max_rows = min(max_rows, _round_up(max(shape.num_slots for shape in shapes), _ROW_MULTIPLE))
+    most = max(shape.num_slots for shape in shapes)
+    max_rows = min(max_rows, -(-most // _ROW_MULTIPLE) * _ROW_MULTIPLE)
   num_shared = max_rows * engine.max_levels
   if is_only_window:
     num_shared = min(num_shared, int((tree.num_rows[1:] > 1).sum()))
@@ -140,10 +141,6 @@ def make_plan(model: ModelConfig, requests: Sequence[Request], engine: EngineCon
                    num_pages)
   return dataclasses.replace(plan, buckets=buckets,
                              prediction=_predict(model, chip, shapes, scale, buckets))
-
-
-def _round_up(size: int, multiple: int) -> int:
-  return -(-size // multiple) * multiple
 
 
 def _with_likely_lengths(requests: Sequence[Request]) -> list[Request]:

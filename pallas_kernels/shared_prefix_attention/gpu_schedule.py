@@ -253,15 +253,15 @@ def _fold(segments, tiling: Tiling, max_levels: int):
     the one whose KV its tiles read too, i32[S], -1 where there is none.
   """
   num_segments = segments.q_len.shape[0]
+  nowhere = jnp.full((num_segments,), -1, jnp.int32)
+  if tiling.cost_model is None:
+    return segments, nowhere
   first, last = segments.q_start, segments.q_start + segments.q_len
   used = (segments.q_len > 0) & (segments.kv_len > 0)
   above = (used & used[:, None] & (first <= first[:, None]) & (last[:, None] <= last)
            & (segments.kv_start < segments.kv_start[:, None]))
   parent = jnp.where(above, segments.kv_start, -1).argmax(axis=1).astype(jnp.int32)
-  parent = jnp.where(above.any(axis=1), parent, -1)
-  nowhere = jnp.full((num_segments,), -1, jnp.int32)
-  if tiling.cost_model is None:
-    return segments, nowhere
+  parent = jnp.where(above.any(axis=1), parent, nowhere)
 
   target = jnp.where(parent < 0, num_segments, parent)
   total = lambda values: jnp.zeros((num_segments,), jnp.int32).at[target].add(
