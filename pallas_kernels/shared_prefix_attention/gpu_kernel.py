@@ -96,24 +96,29 @@ def attend_items(q, kv_pages, schedule: gpu_schedule.Schedule, o_ref, part_ref, 
   width = stage_width(head_dim)
   # The interpreter keeps the members of a union apart, and would see races between them.
   union = plgpu.RefUnion if interpret is None else lambda *refs: refs
-  stage = union(*(
-      plgpu.SMEM((warpgroups, ROWS, stage_pitch(tiling.group, columns, t)), t)
-      for columns, t in ((width, dtype), (width // 2, jnp.float32))))
+  rows_out = (plgpu.SMEM((warpgroups, ROWS, stage_pitch(tiling.group, columns, t)), t)
+              for columns, t in ((width, dtype), (width // 2, jnp.float32)))
   # A tiled copy could only start at multiples of 8 rows. One swizzle wide, rows and tiles
   # have the same bytes in the same places: copy as rows, multiply as tiles.
   box = (q_buffers, warpgroups, chunks, ROWS // q.shape[2], q.shape[2], chunk)
   q_box = plgpu.SMEM(box, dtype, transforms=(swizzle,))
   q_tile = plgpu.SMEM((*box[:3], ROWS, chunk), dtype, transforms=transforms)
+  # The output of a full tile leaves as q came.
+  o_box = plgpu.SMEM((warpgroups, width // chunk, *box[3:]), dtype, transforms=(swizzle,))
+  o_tile = plgpu.SMEM((warpgroups, width // chunk, ROWS, chunk), dtype, transforms=transforms)
   scratch = dict(
-      q_smem=union(q_box, q_tile), k_smem=kv_smem, v_smem=kv_smem, stage=stage,
-      q_full=plgpu.Barrier(num_arrivals=warpgroups * chunks, num_barriers=q_buffers),
+      q_smem=union(q_box, q_tile), k_smem=kv_smem, v_smem=kv_smem,
+      stage=union(*rows_out, o_box, o_tile),
+      record=plgpu.SMEM((q_buffers, schedule.items.shape[1]), jnp.int32),
+      position=plgpu.SMEM((q_buffers, warpgroups, ROWS), jnp.int32),
+      q_full=plgpu.Barrier(num_arrivals=warpgroups * (chunks + 1) + 1, num_barriers=q_buffers),
       q_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=q_buffers),
       k_full=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
       v_full=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
       k_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
       v_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=stages),
       v_clean=plgpu.Barrier(num_barriers=stages),
-      turn=plgpu.Barrier(num_arrivals=warpgroups))
+      turn=plgpu.Barrier(num_barriers=2))
   names = list(scratch)
 
   def body(*refs):
@@ -128,20 +133,15 @@ def attend_items(q, kv_pages, schedule: gpu_schedule.Schedule, o_ref, part_ref, 
       num_threads=warpgroups + 1, thread_name="wg",
       compiler_params=plgpu.CompilerParams(
           approx_math=True, unsafe_no_auto_barriers=False,
+          reduction_scratch_bytes=0,  # rows lie within a warp
           lowering_semantics=plgpu.LoweringSemantics.Lane),
       **params,
   )(schedule.items, schedule.ranges, schedule.page_indices, schedule.row_positions, q, kv_pages,
     o_ref, part_ref, lse_ref)
 
 
-def pass_turn_and_arrive(turn):
-  """Completes a pass that was announced and announces the next one."""
-  plgpu.barrier_wait(turn)
-  plgpu.barrier_arrive(turn)
-
-
 def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_smem, k_smem, v_smem,
-          stage, q_full, q_free, k_full, v_full, k_free, v_free, v_clean, turn, kind,
+          stage, record, position, q_full, q_free, k_full, v_full, k_free, v_free, v_clean, turn, kind,
           tiling, blocks, scale, window, soft_cap, interpreted):
   warpgroups, sets, block, stages, q_buffers = blocks
   group, page_size = tiling.group, tiling.page_size
@@ -201,8 +201,12 @@ def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_s
 
       buffer = lax.rem(i, q_buffers)
       pl.when(i >= q_buffers)(lambda: plgpu.barrier_wait(q_free.at[buffer]))
+      plgpu.copy_gmem_to_smem(table.at[item], record.at[buffer], q_full.at[buffer])
       for w in range(warpgroups):
         token = columns[gpu_schedule.TOKEN] + (0 if sets > 1 else w * tiling.tokens)
+        row = jnp.minimum(token * group, row_positions.shape[0] - ROWS)
+        plgpu.copy_gmem_to_smem(row_positions.at[pl.ds(row, ROWS)], position.at[buffer, w],
+                                q_full.at[buffer])
         row = token * (group // box_group)
         for c in range(chunks):
           plgpu.copy_gmem_to_smem(
@@ -251,73 +255,98 @@ def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_s
     kv_set = wg if sets > 1 else 0
     rows_of = lambda value: plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), row_layout)
 
-    # Two warpgroups alternate: one multiplies while the other does its softmax. Each passes
-    # `turn` before its softmax and before its second product, the second warpgroup one pass
-    # behind. The arrival for an item's first pass comes before the last item's epilogue, so
-    # that neither waits for the other to write its output.
-    def pass_turn(arrived=False):
+    # Two warpgroups alternate: one multiplies while the other does its softmax
+    # (FlashAttention-3, section 3.1). Each lets the other go on once its products are issued.
+    def wait_for_turn():
       if shares_kv:
-        pl.when(jnp.logical_not(arrived))(lambda: plgpu.barrier_arrive(turn))
-        plgpu.barrier_wait(turn)
+        plgpu.barrier_wait(turn.at[wg])
+
+    def end_turn():
+      if shares_kv:
+        plgpu.barrier_arrive(turn.at[1 - wg])
 
     def do_item(i, step):
       item, head = find_item(i)
+      buffer = lax.rem(i, q_buffers)
+      plgpu.barrier_wait(q_full.at[buffer])
 
       def column(c, run=1):
         shift = len(gpu_schedule.OWN) * (1 - run) if c in gpu_schedule.OWN else 0
-        return table[item, c - shift]  # in the cache: the loading warpgroup has read it
+        return record[buffer, c - shift]
 
-      token_begin = column(gpu_schedule.TOKEN) + (0 if sets > 1 else wg * tiling.tokens)
-      row = jnp.minimum(token_begin * group, row_positions.shape[0] - ROWS)
-      position = plgpu.load(row_positions.at[pl.ds(row, ROWS)], layout=row_layout, optimized=False)
-      buffer = lax.rem(i, q_buffers)
-      plgpu.barrier_wait(q_full.at[buffer])
-      zeros = plgpu.layout_cast(jnp.zeros((ROWS, head_dim), jnp.float32), plgpu.Layout.WGMMA)
-      run = functools.partial(do_run, column=column, position=position, buffer=buffer,
-                              first_step=step)
-      acc, top, total, last_step = lax.fori_loop(
-          first_run(column), 2, run, (zeros, rows_of(-jnp.inf), rows_of(0.0), step))
-      if shares_kv:
-        pl.when(last_step > step)(lambda: plgpu.barrier_arrive(turn))
-      plgpu.barrier_arrive(q_free.at[buffer])
+      row_position = plgpu.load(position.at[buffer, wg], layout=row_layout, optimized=False)
       slot, token, num_tokens = (
           column(c) for c in (gpu_schedule.SLOT, gpu_schedule.TOKEN, gpu_schedule.NUM_TOKENS))
+      acc = plgpu.layout_cast(jnp.zeros((ROWS, head_dim), jnp.float32), plgpu.Layout.WGMMA)
+      run = functools.partial(do_run, column=column, position=row_position, buffer=buffer)
+      acc, top, total, step = lax.fori_loop(
+          first_run(column), 2, run, (acc, rows_of(-jnp.inf), rows_of(0.0), step))
+      plgpu.barrier_arrive(q_free.at[buffer])
+      token_begin = token + (0 if sets > 1 else wg * tiling.tokens)
       count = jnp.clip(token + num_tokens - token_begin, 0, tiling.tokens)
       write(item, head + kv_set, slot, slot + token_begin - token, token_begin, count,
             acc, top, total)
-      return last_step
+      return step
 
-    def do_run(run, carry, *, column, position, buffer, first_step):
-      """Attention of this warpgroup's rows to one run of KV, on top of what they have seen."""
+    def do_run(run, carry, *, column, position, buffer):
+      """Attention of this warpgroup's rows to one run of KV, on top of what they have seen.
+
+      The product of a block's probabilities with V is issued behind the next block's scores, so
+      that it runs while those go through the softmax (FlashAttention-3, section 3.2).
+      """
       _, kv_start, first, end, num_blocks = kv_run(column, run)
       low, high = column(gpu_schedule.LOW), column(gpu_schedule.HIGH)
       # Blocks [begin_full, end_full) need no mask.
       end_full = lax.div(jnp.maximum(jnp.minimum(end, low + 1 - kv_start) - first, 0), block)
-      begin_full = jnp.int32(0)
+      begin_full = jnp.int32(1)
       if window is not None:
         hidden = high - window + 1 - kv_start - first
-        begin_full = lax.div(jnp.maximum(hidden, 0) + block - 1, block)
+        begin_full = jnp.maximum(lax.div(jnp.maximum(hidden, 0) + block - 1, block), 1)
       begin_full = jnp.minimum(begin_full, num_blocks)
       end_full = jnp.clip(end_full, begin_full, num_blocks)
+      no_scores = plgpu.layout_cast(jnp.zeros((ROWS, block), jnp.float32), plgpu.Layout.WGMMA)
 
-      def do_block(b, carry, *, masked):
-        acc, top, total, step = carry
-        slot = lax.rem(step, stages)
+      def do_block(b, carry, *, masked, is_first=False):
+        acc, top, total, probs, step = carry
+        slot, last_slot = lax.rem(step, stages), lax.rem(step + stages - 1, stages)
         plgpu.barrier_wait(k_full.at[slot])
+        values = v_smem.at[last_slot, kv_set]
 
-        def multiply_qk(scores):
+        def multiply(refs):
+          acc, scores, *results = refs
+          wait_for_turn()
           for c in range(chunks):
             keys = k_smem.at[slot, kv_set, :, pl.ds(c * chunk, chunk)]
             plgpu.wgmma(scores, q_tile.at[buffer, wg, c], keys.transpose((1, 0)))
-          pass_turn(arrived=step == first_step)
-          return scores[...]
+          if not is_first:
+            plgpu.wgmma(acc, probs, values)
+          end_turn()
+          scores = plgpu.wgmma_accumulator_load(scores, wait_n=0 if is_first else 1)
+          scores = lax.optimization_barrier(scores)  # or it may be read before the wait
+          plgpu.barrier_arrive(k_free.at[slot])
+          weights = lax.optimization_barrier(softmax(b, scores, top, total, masked=masked))
+          for ref, value in zip(results, weights):
+            ref[...] = value
+          # Here, since no compiler moves the softmax beyond such a wait: the one for `acc` follows.
+          plgpu.barrier_wait(v_full.at[slot])
 
-        if interpreted:
-          scores = interpreted_qk(slot, step)
+        if interpreted:  # which takes neither wgmma from registers nor run_state
+          scores = interpreted_qk(slot)
+          if not is_first:
+            acc += interpreted_pv(probs, values)
+          plgpu.barrier_arrive(k_free.at[slot])
+          probs, top, total, decay = softmax(b, scores, top, total, masked=masked)
+          plgpu.barrier_wait(v_full.at[slot])
         else:
-          scores = pl.run_scoped(multiply_qk, plgpu.ACC((ROWS, block), jnp.float32))
-        plgpu.barrier_arrive(k_free.at[slot])
+          acc, _, probs, top, total, decay = pl.run_state(multiply)(
+              (plgpu.ACC.init(acc), plgpu.ACC.init(no_scores), no_scores, top, total, top))
+        if not is_first:
+          plgpu.barrier_arrive(v_free.at[last_slot])
+        acc *= lax.broadcast_in_dim(decay, acc.shape, [0])
+        return acc, top, total, probs.astype(dtype), step + 1
 
+      def softmax(b, scores, top, total, *, masked):
+        """Weights of a block's scores; the new maximum and sum, and the decay of the old ones."""
         to_log2 = scale * _LOG2E
         if soft_cap is not None:
           scores = jnp.tanh(scores * (scale / soft_cap))
@@ -336,34 +365,40 @@ def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_s
         shift = jnp.where(new_top == -jnp.inf, 0.0, new_top) if masked else new_top
         decay = jnp.exp2(top - shift)
         probs = jnp.exp2(scores * to_log2 - lax.broadcast_in_dim(shift, scores.shape, [0]))
-        acc *= lax.broadcast_in_dim(decay, acc.shape, [0])
-        total = total * decay + probs.sum(axis=1)
-        probs = probs.astype(dtype)
-        if shares_kv:
-          acc, total, new_top, probs = lax.optimization_barrier((acc, total, new_top, probs))
-          plgpu.barrier_arrive(turn)
-        plgpu.barrier_wait(v_full.at[slot])
-        if masked:
-          clean_tail(slot, end - first - b * block)
-        if shares_kv:
-          plgpu.barrier_wait(turn)
+        return probs, new_top, total * decay + probs.sum(axis=1), decay
 
+      def finish(_, carry):
+        """The last block's product with V."""
+        acc, top, total, probs, step = carry
+        slot = lax.rem(step + stages - 1, stages)
+        clean_tail(slot, end - first - (num_blocks - 1) * block)
         values = v_smem.at[slot, kv_set]
-        if interpreted:  # which takes neither wgmma from registers nor run_state
-          acc += jnp.dot(probs, values[...], preferred_element_type=jnp.float32)
-          plgpu.commit_smem()
-        else:
-          acc = pl.run_state(lambda ref: plgpu.wgmma(ref, probs, values))(plgpu.ACC.init(acc))
-        plgpu.barrier_arrive(v_free.at[slot])
-        return acc, new_top, total, step + 1
 
-      def interpreted_qk(slot, step):
-        """multiply_qk where the members of a union are apart."""
+        def multiply(acc):
+          wait_for_turn()
+          plgpu.wgmma(acc, probs, values)
+          end_turn()
+
+        if interpreted:
+          acc += interpreted_pv(probs, values)
+        else:
+          acc = pl.run_state(multiply)(plgpu.ACC.init(acc))
+        plgpu.barrier_arrive(v_free.at[slot])
+        return acc, top, total, probs, step
+
+      def interpreted_qk(slot):
+        """Scores where the members of a union are apart."""
+        wait_for_turn()
         rows = [q_box[buffer, wg, c].reshape(ROWS, chunk) for c in range(chunks)]
         keys = k_smem[slot, kv_set]
         plgpu.commit_smem()  # such reads, unlike those of wgmma, are not ordered with TMA writes
-        pass_turn(arrived=step == first_step)
+        end_turn()
         return jnp.dot(jnp.concatenate(rows, axis=1), keys.T, preferred_element_type=jnp.float32)
+
+      def interpreted_pv(probs, values):
+        product = jnp.dot(probs, values[...], preferred_element_type=jnp.float32)
+        plgpu.commit_smem()
+        return product
 
       def clean_tail(slot, length):
         """Zeroes V past the run's end: its weight is 0, but 0 * NaN is NaN."""
@@ -385,11 +420,17 @@ def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_s
           else:
             clean()
 
+      acc, top, total, step = carry
+      carry = acc, top, total, no_scores.astype(dtype), step
+      begin = functools.partial(do_block, masked=True, is_first=True)
       with_mask = functools.partial(do_block, masked=True)
+      carry = lax.fori_loop(0, jnp.minimum(num_blocks, 1), begin, carry)
       if window is not None:
-        carry = lax.fori_loop(0, begin_full, with_mask, carry)
+        carry = lax.fori_loop(1, begin_full, with_mask, carry)
       carry = lax.fori_loop(begin_full, end_full, functools.partial(do_block, masked=False), carry)
-      return lax.fori_loop(end_full, num_blocks, with_mask, carry)
+      carry = lax.fori_loop(end_full, num_blocks, with_mask, carry)
+      acc, top, total, _, step = lax.fori_loop(0, jnp.minimum(num_blocks, 1), finish, carry)
+      return acc, top, total, step
 
     def write(item, head, slot, first_slot, token_begin, count, acc, top, total):
       """Normalises a tile and sends the rows of its `count` tokens out."""
@@ -418,16 +459,36 @@ def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_s
           lax.fori_loop(0, count * (group // together), send_rows, None)
           plgpu.commit_smem_to_gmem_group()
 
-      o_stage, part_stage = (s.at[wg] for s in stage)
+      o_stage, part_stage, o_box, o_tile = (s.at[wg] for s in stage)
       width = stage_width(head_dim)
+      is_full = count == tiling.tokens
 
-      @pl.when(slot < 0)
+      def send_tile():
+        for begin in range(0, head_dim, width):
+          plgpu.wait_smem_to_gmem(0, wait_read_only=True)
+          for c in range(width // chunk):
+            tile = acc[:, begin + c * chunk:begin + (c + 1) * chunk].astype(dtype)
+            if interpreted:
+              o_box[c] = tile.reshape(box_tokens, group, chunk)
+            else:
+              o_tile[c] = tile
+          plgpu.commit_smem()
+          for c in range(width // chunk):
+            plgpu.copy_smem_to_gmem(
+                o_box.at[c], o.at[pl.ds(token_begin, box_tokens), pl.ds(head * group, group),
+                                  pl.ds(begin + c * chunk, chunk)], commit_group=False)
+          plgpu.commit_smem_to_gmem_group()
+
+      if ROWS % group == 0:
+        pl.when((slot < 0) & is_full)(send_tile)
+
+      @pl.when((slot < 0) & jnp.logical_not(is_full & (ROWS % group == 0)))
       def _():
         send(o_stage, width, lambda j: o.at[token_begin + j, pl.ds(head * group, group)])
 
       # The rows of a full tile lie side by side: they go straight from registers to memory, where
       # the four threads of a row fill whole sectors.
-      is_full = jnp.logical_and(count == tiling.tokens, ROWS == tiling.tokens * padded)
+      is_full &= ROWS == tiling.tokens * padded
 
       @pl.when((slot >= 0) & is_full)
       def _():
@@ -439,9 +500,6 @@ def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_s
              lambda j: part.at[head, pl.ds((first_slot + j) * padded, group)])
 
     if shares_kv:
-      plgpu.barrier_arrive(turn)
-      pl.when(wg == 1)(lambda: pass_turn_and_arrive(turn))
+      pl.when(wg == 1)(end_turn)
     lax.fori_loop(0, num_rounds, do_item, jnp.int32(0))
-    if shares_kv:
-      pl.when(wg == 0)(lambda: pass_turn_and_arrive(turn))
     plgpu.wait_smem_to_gmem(0)

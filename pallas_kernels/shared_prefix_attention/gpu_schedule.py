@@ -25,7 +25,7 @@ TOKEN, NUM_TOKENS, LOW, HIGH, SLOT = range(5)
 HEAD_PAGE_START, HEAD_KV_START, HEAD_BEGIN, HEAD_END = HEAD = range(5, 9)
 PAGE_START, KV_START, KV_BEGIN, KV_END = OWN = range(9, 13)
 NUM_COLUMNS = 13
-_WIDTH = 16  # a row is two memory sectors
+_WIDTH = 32  # the 128 bytes of a TMA copy into shared memory
 
 ITEM_ROWS = 2 * ROWS  # rows of the log-sum-exp table that an item owns
 
@@ -120,7 +120,7 @@ class Schedule(NamedTuple):
   """Work list of a step; shared by all layers.
 
   Attributes:
-    items: i32[N, 16], narrow items first, each kind by falling cost.
+    items: i32[N, 32], narrow items first, each kind by falling cost.
     ranges: i32[2, 2], first item and number of items of the narrow and of the wide kind.
     merge: how partial results combine.
     page_indices: i32[I].
@@ -301,7 +301,7 @@ def _fold(segments, tiling: Tiling, max_levels: int):
 
 
 def _tiles(segments, positions: jax.Array, tiling: Tiling, max_levels: int):
-  """i32[., 16] with one row per q tile, holding all KV of its segment; and which are wide."""
+  """i32[., 32] with one row per q tile, holding all KV of its segment; and which are wide."""
   num_tokens, num_segments = positions.shape[0], segments.q_len.shape[0]
   segments, above = _fold(segments, tiling, max_levels)
   used = (segments.q_len > 0) & (segments.kv_len > 0)
