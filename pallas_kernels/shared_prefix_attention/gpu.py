@@ -127,7 +127,7 @@ def attend(q: jax.Array, kv_pages: jax.Array, schedule: gpu_schedule.Schedule, *
   o = jax.new_ref(lax.empty(q.shape, q.dtype))
   num_slots = merge.slots.shape[0]
   part = jax.new_ref(lax.empty((num_kv_heads, num_slots * padded, head_dim), jnp.float32))
-  num_rows = schedule.items.shape[0] * gpu_schedule.ITEM_ROWS
+  num_rows = schedule.items.shape[0] * tiling.item_rows
   lse = jax.new_ref(lax.empty((num_kv_heads, num_rows), jnp.float32))
   kinds = ("wide", "narrow") if num_tokens > tiling.tokens else ("narrow",)
   for kind in kinds:

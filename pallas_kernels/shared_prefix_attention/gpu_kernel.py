@@ -19,6 +19,9 @@ from pallas_kernels.shared_prefix_attention import gpu_schedule
 from pallas_kernels.shared_prefix_attention.gpu_schedule import ROWS
 
 _LOG2E = math.log2(math.e)
+# Positions copied for a tile: such a copy begins at a multiple of 16 bytes, and takes one of 128.
+_ALIGNED = 4
+_POSITIONS = ROWS + 32
 _LINES = 16  # a block that is part of one page is read up to a multiple of as many tokens
 
 
@@ -62,7 +65,7 @@ def arrange_q(q, tiling: gpu_schedule.Tiling, interpret=None):
   q = q.reshape(num_tokens, tiling.num_kv_heads, tiling.group, head_dim)
   if ROWS % tiling.group:
     q = q.swapaxes(1, 2).reshape(-1, tiling.num_kv_heads, 1, head_dim)
-  return q if interpret is None else jnp.pad(q, ((0, 2 * ROWS), (0, 0), (0, 0), (0, 0)))
+  return q if interpret is None else jnp.pad(q, ((0, tiling.item_rows), (0, 0), (0, 0), (0, 0)))
 
 
 def attend_items(q, kv_pages, schedule: gpu_schedule.Schedule, o_ref, part_ref, lse_ref,
@@ -76,7 +79,7 @@ def attend_items(q, kv_pages, schedule: gpu_schedule.Schedule, o_ref, part_ref, 
     schedule: the work list.
     o_ref: [T, Q, H], receives rows of direct items.
     part_ref: f32[K, slots * Gp, H], receives rows of all others.
-    lse_ref: f32[K, N * 128], base-2 log-sum-exp of every row of every item.
+    lse_ref: f32[K, N * rows of an item], base-2 log-sum-exp of every row of every item.
     kind: "narrow" or "wide".
     scale, window, soft_cap: as in `shared_prefix_attention`.
     interpret: `plgpu.InterpretGPUParams` or None.
@@ -109,8 +112,8 @@ def attend_items(q, kv_pages, schedule: gpu_schedule.Schedule, o_ref, part_ref, 
   scratch = dict(
       q_smem=union(q_box, q_tile), k_smem=kv_smem, v_smem=kv_smem,
       stage=union(*rows_out, o_box, o_tile),
-      record=plgpu.SMEM((q_buffers, schedule.items.shape[1]), jnp.int32),
-      position=plgpu.SMEM((q_buffers, warpgroups, ROWS), jnp.int32),
+      # Of an item: its record, and the positions of each warpgroup's rows.
+      header=plgpu.SMEM((q_buffers, schedule.items.shape[1] + warpgroups * _POSITIONS), jnp.int32),
       q_full=plgpu.Barrier(num_arrivals=warpgroups * (chunks + 1) + 1, num_barriers=q_buffers),
       q_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=q_buffers),
       k_full=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
@@ -140,8 +143,16 @@ def attend_items(q, kv_pages, schedule: gpu_schedule.Schedule, o_ref, part_ref, 
     o_ref, part_ref, lse_ref)
 
 
+def _registers(warpgroups: int) -> tuple[int, int]:
+  """Registers of a thread that loads and of one that computes; they share what a launch gets."""
+  threads = (warpgroups + 1) * 128
+  at_launch = min((1 << 16) // threads, 255) // 8 * 8
+  load = 40 if warpgroups <= 2 else 32
+  return load, min((at_launch * threads - load * 128) // (warpgroups * 128) // 8 * 8, 232)
+
+
 def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_smem, k_smem, v_smem,
-          stage, record, position, q_full, q_free, k_full, v_full, k_free, v_free, v_clean, turn, kind,
+          stage, header, q_full, q_free, k_full, v_full, k_free, v_free, v_clean, turn, kind,
           tiling, blocks, scale, window, soft_cap, interpreted):
   warpgroups, sets, block, stages, q_buffers = blocks
   group, page_size = tiling.group, tiling.page_size
@@ -184,7 +195,7 @@ def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_s
 
   @pl.when(wg == warpgroups)
   def _load():
-    plgpu.set_max_registers(40, action="decrease")
+    plgpu.set_max_registers(_registers(warpgroups)[0], action="decrease")
 
     def read_item(i):
       item, head = find_item(i)
@@ -201,12 +212,14 @@ def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_s
 
       buffer = lax.rem(i, q_buffers)
       pl.when(i >= q_buffers)(lambda: plgpu.barrier_wait(q_free.at[buffer]))
-      plgpu.copy_gmem_to_smem(table.at[item], record.at[buffer], q_full.at[buffer])
+      record = header.at[buffer, pl.ds(0, table.shape[1])]
+      plgpu.copy_gmem_to_smem(table.at[item], record, q_full.at[buffer])
       for w in range(warpgroups):
         token = columns[gpu_schedule.TOKEN] + (0 if sets > 1 else w * tiling.tokens)
-        row = jnp.minimum(token * group, row_positions.shape[0] - ROWS)
-        plgpu.copy_gmem_to_smem(row_positions.at[pl.ds(row, ROWS)], position.at[buffer, w],
-                                q_full.at[buffer])
+        plgpu.copy_gmem_to_smem(
+            row_positions.at[pl.ds(lax.div(token * group, _ALIGNED) * _ALIGNED, _POSITIONS)],
+            header.at[buffer, pl.ds(table.shape[1] + w * _POSITIONS, _POSITIONS)],
+            q_full.at[buffer])
         row = token * (group // box_group)
         for c in range(chunks):
           plgpu.copy_gmem_to_smem(
@@ -250,19 +263,25 @@ def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_s
 
   @pl.when(wg < warpgroups)
   def _compute():
-    plgpu.set_max_registers(232, action="increase")
+    plgpu.set_max_registers(_registers(warpgroups)[1], action="increase")
     row_layout = plgpu.Layout.WGMMA.reduce(1)
     kv_set = wg if sets > 1 else 0
     rows_of = lambda value: plgpu.layout_cast(jnp.full((ROWS,), value, jnp.float32), row_layout)
+    zeros = lambda columns: plgpu.layout_cast(
+        jnp.zeros((ROWS, columns), jnp.float32), plgpu.Layout.WGMMA)
 
-    # Two warpgroups alternate: one multiplies while the other does its softmax
-    # (FlashAttention-3, section 3.1). Each lets the other go on once its products are issued.
+    # Two warpgroups multiply in turn, each while the other does its softmax (FlashAttention-3,
+    # section 3.1), and let the other go on once their products are issued. More than two keep the
+    # tensor cores busy by themselves; the shuffles of their row sums cost more than the registers
+    # for sums by column, mod 8, which are added up at the end.
+    takes_turns = shares_kv and warpgroups == 2
+
     def wait_for_turn():
-      if shares_kv:
+      if takes_turns:
         plgpu.barrier_wait(turn.at[wg])
 
     def end_turn():
-      if shares_kv:
+      if takes_turns:
         plgpu.barrier_arrive(turn.at[1 - wg])
 
     def do_item(i, step):
@@ -272,20 +291,54 @@ def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_s
 
       def column(c, run=1):
         shift = len(gpu_schedule.OWN) * (1 - run) if c in gpu_schedule.OWN else 0
-        return record[buffer, c - shift]
+        return header[buffer, c - shift]
 
-      row_position = plgpu.load(position.at[buffer, wg], layout=row_layout, optimized=False)
       slot, token, num_tokens = (
           column(c) for c in (gpu_schedule.SLOT, gpu_schedule.TOKEN, gpu_schedule.NUM_TOKENS))
-      acc = plgpu.layout_cast(jnp.zeros((ROWS, head_dim), jnp.float32), plgpu.Layout.WGMMA)
-      run = functools.partial(do_run, column=column, position=row_position, buffer=buffer)
-      acc, top, total, step = lax.fori_loop(
-          first_run(column), 2, run, (acc, rows_of(-jnp.inf), rows_of(0.0), step))
-      plgpu.barrier_arrive(q_free.at[buffer])
       token_begin = token + (0 if sets > 1 else wg * tiling.tokens)
+      first_position = (table.shape[1] + wg * _POSITIONS
+                        + lax.rem(token_begin * group, _ALIGNED))
+      position = plgpu.load(header.at[buffer, pl.ds(first_position, ROWS)], layout=row_layout,
+                            optimized=False)
+      acc = zeros(head_dim)
+      total = rows_of(0.0) if takes_turns else zeros(8)
       count = jnp.clip(token + num_tokens - token_begin, 0, tiling.tokens)
-      write(item, head + kv_set, slot, slot + token_begin - token, token_begin, count,
-            acc, top, total)
+      is_idle = count == 0
+      begin = first_run(column)
+      run = functools.partial(do_run, column=column, position=position, buffer=buffer)
+      acc, top, total, step = lax.fori_loop(
+          jnp.where(is_idle, 2, begin), 2, run, (acc, rows_of(-jnp.inf), total, step))
+      if not takes_turns:
+        total = total.sum(axis=1)
+      if shares_kv:
+        step = lax.fori_loop(jnp.where(is_idle, begin, 2), 2,
+                             functools.partial(skip_run, column=column), step)
+      plgpu.barrier_arrive(q_free.at[buffer])
+
+      @pl.when(jnp.logical_not(is_idle))
+      def _():
+        write(item, head + kv_set, slot, slot + token_begin - token, token_begin, count,
+              acc, top, total)
+      return step
+
+    def skip_run(run, step, *, column):
+      """What the other warpgroups expect of one without tokens in this item."""
+      _, _, first, end, num_blocks = kv_run(column, run)
+      def skip_block(b, step):
+        slot = lax.rem(step, stages)
+        wait_for_turn()
+        end_turn()
+        for full, free in ((k_full, k_free), (v_full, v_free)):
+          plgpu.barrier_wait(full.at[slot])
+          plgpu.barrier_arrive(free.at[slot])
+        return step + 1
+      step = lax.fori_loop(0, num_blocks, skip_block, step)
+
+      @pl.when(num_blocks > 0)
+      def _():
+        clean_tail(lax.rem(step + stages - 1, stages), end - first - (num_blocks - 1) * block)
+        wait_for_turn()
+        end_turn()
       return step
 
     def do_run(run, carry, *, column, position, buffer):
@@ -304,7 +357,7 @@ def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_s
         begin_full = jnp.maximum(lax.div(jnp.maximum(hidden, 0) + block - 1, block), 1)
       begin_full = jnp.minimum(begin_full, num_blocks)
       end_full = jnp.clip(end_full, begin_full, num_blocks)
-      no_scores = plgpu.layout_cast(jnp.zeros((ROWS, block), jnp.float32), plgpu.Layout.WGMMA)
+      no_scores = zeros(block)
 
       def do_block(b, carry, *, masked, is_first=False):
         acc, top, total, probs, step = carry
@@ -361,11 +414,16 @@ def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_s
             visible &= lane > lax.broadcast_in_dim(hidden, lane.shape, [0])
           scores = jnp.where(visible, scores, -jnp.inf)
         new_top = jnp.maximum(top, scores.max(axis=1) * to_log2)
+        if not takes_turns:
+          new_top = lax.optimization_barrier(new_top)  # of both rows of a thread, then their weights
         # A row that has seen nothing keeps -inf; 0 in its place makes exp2(-inf - 0) = 0.
         shift = jnp.where(new_top == -jnp.inf, 0.0, new_top) if masked else new_top
         decay = jnp.exp2(top - shift)
         probs = jnp.exp2(scores * to_log2 - lax.broadcast_in_dim(shift, scores.shape, [0]))
-        return probs, new_top, total * decay + probs.sum(axis=1), decay
+        if takes_turns:
+          return probs, new_top, total * decay + probs.sum(axis=1), decay
+        sums = functools.reduce(jnp.add, (probs[:, i:i + 8] for i in range(0, block, 8)))
+        return probs, new_top, total * lax.broadcast_in_dim(decay, total.shape, [0]) + sums, decay
 
       def finish(_, carry):
         """The last block's product with V."""
@@ -380,7 +438,9 @@ def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_s
           end_turn()
 
         if interpreted:
+          wait_for_turn()
           acc += interpreted_pv(probs, values)
+          end_turn()
         else:
           acc = pl.run_state(multiply)(plgpu.ACC.init(acc))
         plgpu.barrier_arrive(v_free.at[slot])
@@ -400,26 +460,6 @@ def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_s
         plgpu.commit_smem()
         return product
 
-      def clean_tail(slot, length):
-        """Zeroes V past the run's end: its weight is 0, but 0 * NaN is NaN."""
-        @pl.when(length < block)
-        def _():
-          def clean():
-            for begin in range(0, block, ROWS):
-              ref = v_smem.at[slot, kv_set, pl.ds(begin, ROWS)]
-              value = plgpu.load(ref, layout=plgpu.Layout.WGMMA)
-              line = plgpu.broadcasted_iota(jnp.int32, value.shape, 0, layout=plgpu.Layout.WGMMA)
-              ref[...] = jnp.where(line + begin < length, value, jnp.zeros_like(value))
-            plgpu.commit_smem()
-          if shares_kv:
-            @pl.when(wg == 0)
-            def _():
-              clean()
-              plgpu.barrier_arrive(v_clean.at[slot])
-            pl.when(wg == 1)(lambda: plgpu.barrier_wait(v_clean.at[slot]))
-          else:
-            clean()
-
       acc, top, total, step = carry
       carry = acc, top, total, no_scores.astype(dtype), step
       begin = functools.partial(do_block, masked=True, is_first=True)
@@ -432,13 +472,34 @@ def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_s
       acc, top, total, _, step = lax.fori_loop(0, jnp.minimum(num_blocks, 1), finish, carry)
       return acc, top, total, step
 
+    def clean_tail(slot, length):
+      """Zeroes V past the run's end: its weight is 0, but 0 * NaN is NaN."""
+      def clean():
+        for begin in range(0, block, ROWS):
+          ref = v_smem.at[slot, kv_set, pl.ds(begin, ROWS)]
+          value = plgpu.load(ref, layout=plgpu.Layout.WGMMA)
+          line = plgpu.broadcasted_iota(jnp.int32, value.shape, 0, layout=plgpu.Layout.WGMMA)
+          ref[...] = jnp.where(line + begin < length, value, jnp.zeros_like(value))
+        plgpu.commit_smem()
+
+      @pl.when(length < block)
+      def _():
+        if shares_kv:
+          @pl.when(wg == 0)
+          def _():
+            clean()
+            plgpu.barrier_arrive(v_clean.at[slot])
+          pl.when(wg > 0)(lambda: plgpu.barrier_wait(v_clean.at[slot]))
+        else:
+          clean()
+
     def write(item, head, slot, first_slot, token_begin, count, acc, top, total):
       """Normalises a tile and sends the rows of its `count` tokens out."""
       seen = total > 0.0
       inverse = jnp.where(seen, 1.0 / jnp.where(seen, total, 1.0), 0.0)
       acc = acc * lax.broadcast_in_dim(inverse, acc.shape, [0])
       row_lse = jnp.where(seen, top + jnp.log2(jnp.where(seen, total, 1.0)), -jnp.inf)
-      row = item * gpu_schedule.ITEM_ROWS + (0 if sets > 1 else wg * ROWS)
+      row = item * tiling.item_rows + (0 if sets > 1 else wg * ROWS)
       lse[head, pl.ds(row, ROWS)] = row_lse
 
       def send(source, width, token_rows):
@@ -499,7 +560,6 @@ def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_s
         send(part_stage, width // 2,
              lambda j: part.at[head, pl.ds((first_slot + j) * padded, group)])
 
-    if shares_kv:
-      pl.when(wg == 1)(end_turn)
+    pl.when(wg == warpgroups - 1)(end_turn)
     lax.fori_loop(0, num_rounds, do_item, jnp.int32(0))
     plgpu.wait_smem_to_gmem(0)

@@ -2,7 +2,7 @@
 
 A *tile* is up to 64 query rows of one KV head per warpgroup, rows in token-major order
 (row = token * group + head of the group). Segments with few rows make *narrow* tiles of
-one warpgroup, the others *wide* tiles of two warpgroups that share the KV they read.
+one warpgroup, the others *wide* tiles of several warpgroups that share the KV they read.
 An *item* is a tile and a range of its segment's KV; every item is taken for all KV heads.
 A segment that is not worth tiles of its own is *folded*: the tiles of its children read its
 KV before their own. What a device makes worth it is data, `CostModel`.
@@ -26,8 +26,6 @@ HEAD_PAGE_START, HEAD_KV_START, HEAD_BEGIN, HEAD_END = HEAD = range(5, 9)
 PAGE_START, KV_START, KV_BEGIN, KV_END = OWN = range(9, 13)
 NUM_COLUMNS = 13
 _WIDTH = 32  # the 128 bytes of a TMA copy into shared memory
-
-ITEM_ROWS = 2 * ROWS  # rows of the log-sum-exp table that an item owns
 
 _MAX_SPLITS = 32
 _SPLIT_FILL = 4  # splitting may fill the card at most this many times over
@@ -95,6 +93,11 @@ class Tiling(NamedTuple):
   def wide_tokens(self) -> int:
     return self.wide.warpgroups * self.tokens
 
+  @property
+  def item_rows(self) -> int:
+    """Rows of the log-sum-exp table that an item owns."""
+    return self.wide.warpgroups * ROWS
+
 
 class Merge(NamedTuple):
   """Which partial results make up a token.
@@ -124,7 +127,7 @@ class Schedule(NamedTuple):
     ranges: i32[2, 2], first item and number of items of the narrow and of the wide kind.
     merge: how partial results combine.
     page_indices: i32[I].
-    row_positions: i32[T * G + 128], position of each query row, -1 in the padding.
+    row_positions: i32[T * G + padding], position of each query row, -1 in the padding.
     tiling: static.
   """
 
@@ -167,12 +170,12 @@ def make_schedule(segments, page_indices: jax.Array, positions: jax.Array, tilin
                  max_levels * num_tokens + extra * (tiling.tokens + tiling.wide_tokens))
   item, local, here = _expand(size, capacity)
   token_of = jnp.where(here, table[item, TOKEN] + local, num_tokens)
-  lse_row = (item * ITEM_ROWS + _row(local, tiling)).astype(jnp.int32)
+  lse_row = (item * tiling.item_rows + _row(local, tiling)).astype(jnp.int32)
   slots = jnp.arange(capacity, dtype=jnp.int32)
   token_of, slots, lse_row = jax.lax.sort((token_of, slots, lse_row), num_keys=1)
   counts = jnp.zeros((num_tokens,), jnp.int32).at[token_of].add(1, mode="drop")
 
-  own_row = jnp.arange(num_items)[:, None] * ITEM_ROWS
+  own_row = jnp.arange(num_items)[:, None] * tiling.item_rows
   own_row += _row(jnp.arange(tiling.wide_tokens), tiling)
   direct_row = jnp.full((num_tokens,), -1, jnp.int32)
   direct_row = direct_row.at[jnp.where(inside & direct[:, None], token, num_tokens)].set(
@@ -202,7 +205,8 @@ def advance(schedule: Schedule, positions: jax.Array) -> Schedule:
 
 
 def _row_positions(positions, tiling: Tiling):
-  return jnp.pad(jnp.repeat(positions.astype(jnp.int32), tiling.group), (0, 2 * ROWS),
+  # The kernel copies up to 32 more than an item holds, for the sake of alignment.
+  return jnp.pad(jnp.repeat(positions.astype(jnp.int32), tiling.group), (0, tiling.item_rows + 32),
                  constant_values=-1)
 
 

@@ -17,7 +17,7 @@ from pallas_kernels.shared_prefix_attention import gpu_schedule
 from pallas_kernels.shared_prefix_attention import Segments
 from pallas_kernels.shared_prefix_attention import specs
 from pallas_kernels.shared_prefix_attention.gpu_schedule import (
-    HEAD, HEAD_END, HIGH, ITEM_ROWS, KV_END, LOW, NUM_TOKENS, OWN, SLOT, TOKEN)
+    HEAD, HEAD_END, HIGH, KV_END, LOW, NUM_TOKENS, OWN, SLOT, TOKEN)
 
 needs_new_jax = pytest.mark.skipif(
     jax.__version_info__ < (0, 11), reason="mosaic_gpu and its interpreter need JAX 0.11")
@@ -188,7 +188,7 @@ def test_merge_reads_the_slots_of_each_token(name):
     for local in range(item[NUM_TOKENS]):
       row = local // tiling.tokens * 64 + local % tiling.tokens * tiling.group
       slot = item[SLOT] + local if item[SLOT] >= 0 else -1
-      parts[item[TOKEN] + local].append((slot, i * ITEM_ROWS + row))
+      parts[item[TOKEN] + local].append((slot, i * tiling.item_rows + row))
   slots = [slot for p in parts.values() for slot, _ in p if slot >= 0]
   assert len(set(slots)) == len(slots) and all(s < len(merge.slots) for s in slots)
   todo = set(merge.tokens[:merge.num_tokens[0]].tolist())
@@ -302,6 +302,12 @@ def test_kernels_give_the_definition(name):
 @pytest.mark.parametrize("name", ["four_levels", "window", "folded_wide"])
 def test_kernels_read_folded_segments(name):
   run(INTERPRETED[name], cost_model=FOLD_ALL)
+
+
+@needs_new_jax
+@pytest.mark.parametrize("name", ["wide", "folded_wide"])
+def test_two_warpgroups_take_turns(name):
+  run(INTERPRETED[name], cost_model=FOLD_ALL, wide=gpu.Blocks(2, 1, 128, 2, 2))
 
 
 @needs_new_jax
