@@ -38,7 +38,7 @@ class Blocks(NamedTuple):
     warpgroups: 64-row tiles that share one KV stream.
     kv_sets: KV heads a block takes at once, one per warpgroup; 1 where they share one head.
     kv: KV tokens of a pipeline stage.
-    stages: pipeline stages in shared memory.
+    stages: pipeline stages in shared memory, at least 2: V of a block stays until the next one's has come.
     q_buffers: q tiles in shared memory, so that the next item's loads start early.
   """
 
