@@ -16,12 +16,9 @@ from jax.experimental.pallas import mosaic_gpu as plgpu
 
 from pallas_kernels.shared_prefix_attention import gpu_merge
 from pallas_kernels.shared_prefix_attention import gpu_schedule
-from pallas_kernels.shared_prefix_attention.gpu_schedule import ROWS
+from pallas_kernels.shared_prefix_attention.gpu_schedule import ALIGNED, COPIED, ROWS
 
 _LOG2E = math.log2(math.e)
-# Positions copied for a tile: such a copy begins at a multiple of 16 bytes, and takes one of 128.
-_ALIGNED = 4
-_POSITIONS = ROWS + 32
 _LINES = 16  # a block that is part of one page is read up to a multiple of as many tokens
 
 
@@ -113,7 +110,7 @@ def attend_items(q, kv_pages, schedule: gpu_schedule.Schedule, o_ref, part_ref, 
       q_smem=union(q_box, q_tile), k_smem=kv_smem, v_smem=kv_smem,
       stage=union(*rows_out, o_box, o_tile),
       # Of an item: its record, and the positions of each warpgroup's rows.
-      header=plgpu.SMEM((q_buffers, schedule.items.shape[1] + warpgroups * _POSITIONS), jnp.int32),
+      header=plgpu.SMEM((q_buffers, schedule.items.shape[1] + warpgroups * COPIED), jnp.int32),
       q_full=plgpu.Barrier(num_arrivals=warpgroups * (chunks + 1) + 1, num_barriers=q_buffers),
       q_free=plgpu.Barrier(num_arrivals=warpgroups, num_barriers=q_buffers),
       k_full=plgpu.Barrier(num_arrivals=copies, num_barriers=stages),
@@ -217,8 +214,8 @@ def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_s
       for w in range(warpgroups):
         token = columns[gpu_schedule.TOKEN] + (0 if sets > 1 else w * tiling.tokens)
         plgpu.copy_gmem_to_smem(
-            row_positions.at[pl.ds(lax.div(token * group, _ALIGNED) * _ALIGNED, _POSITIONS)],
-            header.at[buffer, pl.ds(table.shape[1] + w * _POSITIONS, _POSITIONS)],
+            row_positions.at[pl.ds(lax.div(token * group, ALIGNED) * ALIGNED, COPIED)],
+            header.at[buffer, pl.ds(table.shape[1] + w * COPIED, COPIED)],
             q_full.at[buffer])
         row = token * (group // box_group)
         for c in range(chunks):
@@ -296,8 +293,8 @@ def _body(table, ranges, pages, row_positions, q, kv_pages, o, part, lse, *, q_s
       slot, token, num_tokens = (
           column(c) for c in (gpu_schedule.SLOT, gpu_schedule.TOKEN, gpu_schedule.NUM_TOKENS))
       token_begin = token + (0 if sets > 1 else wg * tiling.tokens)
-      first_position = (table.shape[1] + wg * _POSITIONS
-                        + lax.rem(token_begin * group, _ALIGNED))
+      first_position = (table.shape[1] + wg * COPIED
+                        + lax.rem(token_begin * group, ALIGNED))
       position = plgpu.load(header.at[buffer, pl.ds(first_position, ROWS)], layout=row_layout,
                             optimized=False)
       acc = zeros(head_dim)

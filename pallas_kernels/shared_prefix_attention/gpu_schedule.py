@@ -27,6 +27,11 @@ PAGE_START, KV_START, KV_BEGIN, KV_END = OWN = range(9, 13)
 NUM_COLUMNS = 13
 _WIDTH = 32  # the 128 bytes of a TMA copy into shared memory
 
+# Positions that the kernel copies for a tile: such a copy begins at a multiple of ALIGNED of them, 16 bytes,
+# and takes a multiple of 128 bytes.
+ALIGNED = 4
+COPIED = ROWS + 32
+
 _MAX_SPLITS = 32
 _SPLIT_FILL = 4  # splitting may fill the card at most this many times over
 
@@ -205,8 +210,8 @@ def advance(schedule: Schedule, positions: jax.Array) -> Schedule:
 
 
 def _row_positions(positions, tiling: Tiling):
-  # The kernel copies up to 32 more than an item holds, for the sake of alignment.
-  return jnp.pad(jnp.repeat(positions.astype(jnp.int32), tiling.group), (0, tiling.item_rows + 32),
+  padding = tiling.item_rows - ROWS + COPIED  # for the last warpgroup of an item on the last token
+  return jnp.pad(jnp.repeat(positions.astype(jnp.int32), tiling.group), (0, padding),
                  constant_values=-1)
 
 
