@@ -4,8 +4,8 @@
         --num_requests=1024 --prefix_len=2000 --share_degree=16 --distinct_len=200 \
         --output_len=100 --measure_ceilings
 
-`batchjax/workloads.py` says what the workloads and their flags are, `Figures` of
-`batchjax/bench.py` what the figures mean. Any field of the configuration can be set:
+`batchjax/bench/workloads.py` says what the workloads and their flags are, `Figures` of
+`batchjax/bench/bench.py` what the figures mean. Any field of the configuration can be set:
 --config.engine.share_prefixes=False. With --profile=DIR, two seconds of the run are
 traced, and where device time went is in the line too.
 """
@@ -20,12 +20,12 @@ from absl import flags
 import jax
 from ml_collections import config_flags
 
-from batchjax import bench, roofline, trace, workload_flags
+from batchjax.bench import bench, roofline, trace, workload_flags
+from batchjax.bench.workloads import Draw, WORKLOADS
 from batchjax.config import ConfigError, from_config_dict, JobConfig
-from batchjax.runner import configure_jax
+from batchjax.jobs.run import configure_jax
 from batchjax.types import SamplingParams
 from batchjax.weights import load_model, WeightError
-from batchjax.workloads import Draw, WORKLOADS
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.")
 _WORKLOAD = workload_flags.define()

@@ -20,9 +20,9 @@ from ml_collections import config_flags
 import numpy as np
 
 import batchjax
-from batchjax.generate import StepEvent
+from batchjax.generation import StepEvent
+from batchjax.jobs.run import configure_jax
 from batchjax.plan.planner import Plan
-from batchjax.runner import configure_jax
 from batchjax.weights import load_hf_config, save_hf
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.")

@@ -17,12 +17,12 @@ from absl import app
 from absl import flags
 from ml_collections import config_flags
 
-from batchjax import plan_report
 from batchjax.config import ConfigError, JobConfig, from_config_dict
 from batchjax.io import files
 from batchjax.io.records import InputError
+from batchjax.jobs.plan import plan_file, to_text
+from batchjax.jobs.prepare import BadRow
 from batchjax.plan.cost import CHIPS
-from batchjax.prepare import BadRow
 from batchjax.weights import WeightError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.")
@@ -45,12 +45,12 @@ def main(argv: list[str]) -> int:
     if _OUTPUT.value:
       files.check_output(_OUTPUT.value)
     with tempfile.TemporaryDirectory() as directory:
-      plan = plan_report.plan_file(config, _INPUT.value, pathlib.Path(directory),
+      plan = plan_file(config, _INPUT.value, pathlib.Path(directory),
                                    CHIPS[_CHIP.value])
   except (ConfigError, InputError, BadRow, WeightError, OSError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2
-  print(json.dumps(plan, indent=1) if _JSON.value else plan_report.to_text(plan))
+  print(json.dumps(plan, indent=1) if _JSON.value else to_text(plan))
   return 0
 
 

@@ -14,12 +14,13 @@ from absl import app
 from absl import flags
 from ml_collections import config_flags
 
-from batchjax import runner
 from batchjax.config import ConfigError, JobConfig, from_config_dict
-from batchjax.io.records import InputError
 from batchjax.io.journal import JournalError
-from batchjax.job import JobError
-from batchjax.prepare import BadRow
+from batchjax.io.records import InputError
+from batchjax.jobs.job import JobError
+from batchjax.jobs.prepare import BadRow
+from batchjax.jobs.run import default_error_path, run
+from batchjax.jobs.signals import Interrupted
 from batchjax.report import METRICS_FILE, summarize, to_text
 from batchjax.weights import WeightError
 
@@ -42,9 +43,9 @@ def main(argv: list[str]) -> int:
     if _STRICT.value:
       values["strict"] = True
     config = from_config_dict(JobConfig, values)
-    finished = runner.run(config, _INPUT.value, _OUTPUT.value, error_path=_ERRORS.value,
-                          quiet=_QUIET.value)
-  except runner.Interrupted:
+    finished = run(config, _INPUT.value, _OUTPUT.value, error_path=_ERRORS.value,
+                   quiet=_QUIET.value)
+  except Interrupted:
     print(f"\nstopped; finished rows are kept in {_OUTPUT.value}.job: run the same command again "
           "to go on", file=sys.stderr)
     return 130
@@ -57,7 +58,7 @@ def main(argv: list[str]) -> int:
       print(to_text(summarize(job)), end="\n\n")
     print(f"{finished} -> {_OUTPUT.value}")
     if finished.num_errors:
-      error_path = _ERRORS.value or runner.default_error_path(_OUTPUT.value)
+      error_path = _ERRORS.value or default_error_path(_OUTPUT.value)
       print(f"bad rows are explained in {error_path}")
   return 0
 

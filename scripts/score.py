@@ -15,10 +15,10 @@ from absl import app
 from absl import flags
 from ml_collections import config_flags
 
-from batchjax import score_file
 from batchjax.config import ConfigError, JobConfig, from_config_dict
 from batchjax.io.records import InputError
-from batchjax.prepare import BadRow
+from batchjax.jobs.prepare import BadRow
+from batchjax.jobs.score import score_file
 from batchjax.weights import WeightError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.")
@@ -31,7 +31,7 @@ def main(argv: list[str]) -> int:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   try:
     config = from_config_dict(JobConfig, _CONFIG.value.to_dict())
-    count = score_file.score_file(config, _INPUT.value, _OUTPUT.value)
+    count = score_file(config, _INPUT.value, _OUTPUT.value)
   except (ConfigError, InputError, BadRow, WeightError, OSError) as error:
     print(f"error: {error}", file=sys.stderr)
     return 2

@@ -18,14 +18,14 @@ from absl import flags
 import jax
 from ml_collections import config_flags
 
-from batchjax import workload_flags
+from batchjax.bench import workload_flags
+from batchjax.bench.workloads import Draw, WORKLOADS
 from batchjax.config import ConfigError, from_config_dict, JobConfig
 from batchjax.engine.absent import compile_absent
 from batchjax.engine.sampling_inputs import SamplingFeatures
 from batchjax.plan import memory, planner
 from batchjax.plan.cost import CHIPS
 from batchjax.weights import load_config
-from batchjax.workloads import Draw, WORKLOADS
 from pallas_kernels.shared_prefix_attention import tpu
 from pallas_kernels.shared_prefix_attention import tpu_analysis
 

@@ -1,10 +1,16 @@
 """Which page of the KV pool holds what: allocation on the host, numpy only."""
 
 import dataclasses
+from typing import TypeVar
 
 import numpy as np
 
-from batchjax.plan.memory import pages_for
+Tokens = TypeVar("Tokens", int, np.ndarray)
+
+
+def pages_for(num_tokens: Tokens, page_size: int) -> Tokens:
+  """Pages that a run of tokens fills; every run begins on a page of its own."""
+  return -(-num_tokens // page_size)
 
 
 @dataclasses.dataclass

@@ -7,9 +7,9 @@ import jax
 
 from batchjax.config import EngineConfig, ModelConfig
 from batchjax.engine import compile as compile_lib
-from batchjax.engine.pack import Bucket
 from batchjax.engine.sampling_inputs import SamplingFeatures, SamplingTable
 from batchjax.models import init_params, Transformer
+from batchjax.plan.buckets import Bucket
 from batchjax.plan.planner import Plan
 
 

@@ -16,9 +16,9 @@ import numpy as np
 from batchjax.cache.kv_state import init_kv_state
 from batchjax.config import EngineConfig, ModelConfig
 from batchjax.engine import sampling, step
-from batchjax.engine.batch import Admission
-from batchjax.engine.pack import Bucket
 from batchjax.engine.sampling_inputs import SamplingFeatures, SamplingTable
+from batchjax.plan.batch import Admission
+from batchjax.plan.buckets import Bucket
 from batchjax.types import Segments, StepInputs
 
 

@@ -1,30 +1,11 @@
 """A batch as the padded arrays of its bucket; numpy only."""
 
-from typing import NamedTuple
-
 import numpy as np
 
-from batchjax.engine.batch import Batch
 from batchjax.engine.sampling_inputs import SamplingTable
+from batchjax.plan.batch import Batch
+from batchjax.plan.buckets import Bucket
 from batchjax.types import Segments, StepInputs
-
-
-class Bucket(NamedTuple):
-  """The static shape of a step.
-
-  Attributes:
-    kind: "mixed" or "decode".
-    num_tokens: T; in a decode loop one token per row.
-    num_rows: R.
-    num_segments: S.
-    num_page_indices: I.
-  """
-
-  kind: str
-  num_tokens: int
-  num_rows: int
-  num_segments: int
-  num_page_indices: int
 
 
 def pack(batch: Batch, bucket: Bucket, table: SamplingTable, *, page_size: int,

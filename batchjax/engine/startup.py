@@ -8,11 +8,12 @@ import jax
 import numpy as np
 
 from batchjax.config import ConfigError
-from batchjax.engine.batch import Batch
 from batchjax.engine.compile import CompileRecord, Steps
-from batchjax.engine.pack import Bucket, pack
+from batchjax.engine.pack import pack
 from batchjax.engine.sampling_inputs import SamplingFeatures, SamplingTable
 from batchjax.engine.step import EngineState
+from batchjax.plan.batch import Batch
+from batchjax.plan.buckets import Bucket
 
 
 def check_memory(records: Sequence[CompileRecord], device_bytes: int | None) -> None:

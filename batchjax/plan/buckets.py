@@ -2,9 +2,28 @@
 
 import bisect
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 from jaxtyping import Num
 import numpy as np
+
+
+class Bucket(NamedTuple):
+  """The static shape of a step.
+
+  Attributes:
+    kind: "mixed" or "decode".
+    num_tokens: T; in a decode loop one token per row.
+    num_rows: R.
+    num_segments: S.
+    num_page_indices: I.
+  """
+
+  kind: str
+  num_tokens: int
+  num_rows: int
+  num_segments: int
+  num_page_indices: int
 
 
 def solve_buckets(

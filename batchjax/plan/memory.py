@@ -1,18 +1,14 @@
 """What a job needs of device memory, and which requests can never fit."""
 
 import dataclasses
-from typing import TypeVar
 
 from jaxtyping import Int
 import numpy as np
 
-from batchjax.config import ConfigError
-from batchjax.config import EngineConfig
-from batchjax.config import ModelConfig
+from batchjax.cache.page_table import pages_for
+from batchjax.config import ConfigError, EngineConfig, ModelConfig
 from batchjax.plan.cost import Chip
 from batchjax.plan.prefix_tree import PrefixTree
-
-Tokens = TypeVar("Tokens", int, np.ndarray)
 
 # Float32 arrays [max_rows, vocab_size] alive at once while a step samples: the
 # logits, the processed copy, and what a sort or a log-softmax makes of it.
@@ -116,11 +112,6 @@ def num_kv_pages(model: ModelConfig, engine: EngineConfig) -> int:
                       f"{page_bytes} bytes ({engine.page_size} tokens): raise it, or lower "
                       "engine.page_size")
   return num_pages
-
-
-def pages_for(num_tokens: Tokens, page_size: int) -> Tokens:
-  """Pages that a run of tokens fills; every run begins on a page of its own."""
-  return -(-num_tokens // page_size)
 
 
 def pages_alone(tree: PrefixTree, max_tokens: Int[np.ndarray, "requests"],

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 from batchjax.config import EngineConfig, ModelConfig
-from batchjax.engine.pack import Bucket
-from batchjax.engine.scheduler import Scheduler
 from batchjax.plan import buckets as buckets_lib
 from batchjax.plan import grouping, memory, order, simulate
+from batchjax.plan.buckets import Bucket
 from batchjax.plan.cost import Chip, PlanTotals, plan_totals
 from batchjax.plan.prefix_tree import PrefixTree, build_prefix_tree
+from batchjax.plan.scheduler import Scheduler
 from batchjax.types import Request, StopTable
 
 # A kept node costs about this many tokens of work in segments, merges and part-filled pages.

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from batchjax.config import ModelConfig
-from batchjax.engine.batch import Batch
-from batchjax.engine.scheduler import Scheduler, SchedulerStats
+from batchjax.plan.batch import Batch
 from batchjax.plan.cost import Chip, step_cost
+from batchjax.plan.scheduler import Scheduler, SchedulerStats
 from batchjax.types import StepOutputs
 
 

@@ -6,9 +6,10 @@ import pathlib
 import random
 import time
 
-from batchjax import runner
 from batchjax.config import EngineConfig, JobConfig, ModelSource
 from batchjax.io import files
+from batchjax.jobs.loaders import Loaders
+from batchjax.jobs.run import run
 from batchjax.testing.fake_model import FakeModel, fake_config
 from batchjax.testing.fake_tokenizer import FakeTokenizer
 from batchjax.types import SamplingParams
@@ -45,9 +46,9 @@ def config(cache_dir: str = "", **engine) -> JobConfig:
                    sampling=SamplingParams(max_tokens=16))
 
 
-def fake_loaders(tokenizer=FakeTokenizer, model_fn=None) -> runner.Loaders:
+def fake_loaders(tokenizer=FakeTokenizer, model_fn=None) -> Loaders:
   """Loads the fake model, whose end token is 0."""
-  return runner.Loaders(config=lambda source: _SHAPE, tokenizer=lambda source: tokenizer(),
+  return Loaders(config=lambda source: _SHAPE, tokenizer=lambda source: tokenizer(),
                         model=model_fn or (lambda source: Model(_SHAPE, {})),
                         module_class=FakeModel)
 
@@ -96,5 +97,5 @@ def run_slowly(directory: str, cache_dir: str, phases) -> None:
   folder = pathlib.Path(directory)
   sync_directory, files.sync_directory = files.sync_directory, sync_and_wait
   enter("starting")
-  runner.run(config(cache_dir), str(folder / "in.jsonl"), str(folder / "out.jsonl"), quiet=True,
+  run(config(cache_dir), str(folder / "in.jsonl"), str(folder / "out.jsonl"), quiet=True,
              loaders=fake_loaders(SlowTokenizer, load_model))

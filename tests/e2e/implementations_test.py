@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 
 from batchjax.config import EngineConfig, ModelSource
-from batchjax.generate import generate
+from batchjax.generation import generate
 from batchjax.models import SHAPES
 from batchjax.text.tokenizer import load_tokenizer
 from batchjax.types import Request, SamplingParams

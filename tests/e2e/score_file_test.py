@@ -7,10 +7,11 @@ import fake_job
 import numpy as np
 import pytest
 
-from batchjax import prepare, score_file
 from batchjax.config import EngineConfig, ModelSource
 from batchjax.io import records
-from batchjax.score import ScoreRequest, score
+from batchjax.jobs import prepare
+from batchjax.jobs.score import score_file
+from batchjax.scoring import ScoreRequest, score
 from batchjax.testing import oracle
 from batchjax.text.tokenizer import load_tokenizer
 from batchjax.types import Request, SamplingParams
@@ -85,6 +86,6 @@ def test_bad_rows_stop_it_before_the_model_loads(tmp_path, row, message):
 
   (tmp_path / "in.jsonl").write_bytes(json.dumps(PAIRS[0]).encode() + b"\n" + row + b"\n")
   with pytest.raises(prepare.BadRow, match=message):
-    score_file.score_file(fake_job.config(), str(tmp_path / "in.jsonl"),
+    score_file(fake_job.config(), str(tmp_path / "in.jsonl"),
                           str(tmp_path / "out.jsonl"), fake_job.fake_loaders(model_fn=no_model))
   assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl"}

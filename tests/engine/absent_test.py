@@ -5,13 +5,13 @@ import importlib.util
 
 import pytest
 
+from batchjax.bench.workloads import Draw, prefix_groups
 from batchjax.config import EngineConfig
 from batchjax.engine.absent import compile_absent
 from batchjax.engine.sampling_inputs import SamplingFeatures
 from batchjax.models import SHAPES
 from batchjax.plan import memory, planner
 from batchjax.plan.cost import CHIPS
-from batchjax.workloads import Draw, prefix_groups
 from pallas_kernels.shared_prefix_attention import tpu_analysis
 
 

@@ -11,10 +11,10 @@ from batchjax.cache.kv_state import init_kv_state
 from batchjax.config import ConfigError, EngineConfig
 from batchjax.engine import compile as compile_lib
 from batchjax.engine import startup
-from batchjax.engine.batch import Admission
-from batchjax.engine.pack import Bucket
 from batchjax.engine.sampling_inputs import SamplingFeatures, SamplingTable
 from batchjax.models import SHAPES, Transformer
+from batchjax.plan.batch import Admission
+from batchjax.plan.buckets import Bucket
 from batchjax.testing.fake_model import FakeModel, fake_config
 from batchjax.types import SamplingParams
 from batchjax.weights import Model

@@ -5,9 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 
-from batchjax.engine.batch import Batch, Entry, PromptScore, Sample, SharedKV
-from batchjax.engine.pack import Bucket, pack
+from batchjax.engine.pack import pack
 from batchjax.engine.sampling_inputs import SamplingFeatures, SamplingTable
+from batchjax.plan.batch import Batch, Entry, PromptScore, Sample, SharedKV
+from batchjax.plan.buckets import Bucket
 from batchjax.types import SamplingParams
 
 PAGE_SIZE = 4

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 from batchjax.config import EngineConfig
-from batchjax.engine import scheduler
-from batchjax.generate import StepEvent, generate
+from batchjax.generation import StepEvent, generate
+from batchjax.plan import scheduler
 from batchjax.testing.fake_model import FakeModel, fake_config, fake_logits
 from batchjax.testing.oracle import assert_same, make_draw_fn, oracle_completion
 from batchjax.text.stop import build_stop_table

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 
 from batchjax.config import ConfigError, EngineConfig
-from batchjax.engine.pack import Bucket
 from batchjax.plan import planner
+from batchjax.plan.buckets import Bucket
 from batchjax.plan.cost import CHIPS
 from batchjax.testing.fake_model import fake_config
 from batchjax.types import Request, SamplingParams

@@ -3,12 +3,12 @@
 import numpy as np
 import pytest
 
+from batchjax.bench.workloads import (default_sizes, Draw, mixed_lengths, multi_level, prefix_groups,
+                                WORKLOADS)
+from batchjax.bench.workloads import random as random_workload
+from batchjax.bench.workloads import samples
 from batchjax.plan.prefix_tree import build_prefix_tree
 from batchjax.types import SamplingParams
-from batchjax.workloads import (default_sizes, Draw, mixed_lengths, multi_level, prefix_groups,
-                                WORKLOADS)
-from batchjax.workloads import random as random_workload
-from batchjax.workloads import samples
 
 # So many tokens that no two draws begin alike by chance, and closed forms are exact.
 VOCAB = 1 << 30

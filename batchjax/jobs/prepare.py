@@ -7,11 +7,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from batchjax.cache.page_table import pages_for
 from batchjax.config import ConfigError, JobConfig, ModelConfig
 from batchjax.io import records, validate
 from batchjax.io.records import RowError
 from batchjax.io.store import RequestReader, RequestWriter
-from batchjax.plan.memory import num_kv_pages, pages_for
+from batchjax.plan.memory import num_kv_pages
 from batchjax.text import chat
 from batchjax.text.tokenizer import Tokenizer
 

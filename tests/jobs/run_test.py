@@ -7,9 +7,13 @@ import signal
 
 import pytest
 
-from batchjax import report, runner
+from batchjax import report
 from batchjax.config import ConfigError, EngineConfig, JobConfig, ModelSource
-from batchjax.job import JobMismatch
+from batchjax.jobs.identity import identity
+from batchjax.jobs.job import JobMismatch
+from batchjax.jobs.loaders import Loaders, read_tokenizer
+from batchjax.jobs.run import default_error_path, run
+from batchjax.jobs.signals import Interrupted
 from batchjax.testing.fake_model import FakeModel, fake_config
 from batchjax.testing.fake_tokenizer import FakeTokenizer
 from batchjax.types import SamplingParams
@@ -34,12 +38,12 @@ def make_config(cache, **engine):
                    sampling=SamplingParams(temperature=0.0))
 
 
-def run(folder, config, tokenizer=FakeTokenizer, model_fn=lambda source: Model(SHAPE, {})):
+def run_job(folder, config, tokenizer=FakeTokenizer, model_fn=lambda source: Model(SHAPE, {})):
   if not (folder / "in.jsonl").exists():
     (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
-  return runner.run(config, str(folder / "in.jsonl"), str(folder / "out.jsonl"), quiet=True,
-                    loaders=runner.Loaders(lambda source: SHAPE, lambda source: tokenizer(),
-                                           model_fn, FakeModel))
+  return run(config, str(folder / "in.jsonl"), str(folder / "out.jsonl"), quiet=True,
+             loaders=Loaders(lambda source: SHAPE, lambda source: tokenizer(), model_fn,
+                             FakeModel))
 
 
 def read(path):
@@ -49,7 +53,7 @@ def read(path):
 @pytest.fixture(scope="module")
 def undisturbed(tmp_path_factory, cache):
   folder = tmp_path_factory.mktemp("undisturbed")
-  finished = run(folder, make_config(cache))
+  finished = run_job(folder, make_config(cache))
   assert (finished.num_outputs, finished.num_errors, finished.was_finished) == (NUM_GOOD, 1, False)
   return folder
 
@@ -81,15 +85,15 @@ class StoppingTokenizer(FakeTokenizer):
 
 def test_a_signal_keeps_the_step_and_the_job_goes_on(tmp_path, cache, undisturbed, sigterm):
   handlers = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-  with pytest.raises(runner.Interrupted):
-    run(tmp_path, make_config(cache), StoppingTokenizer)
+  with pytest.raises(Interrupted):
+    run_job(tmp_path, make_config(cache), StoppingTokenizer)
   assert sigterm == []
   assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == handlers
   kept = read(tmp_path / "out.jsonl.job/journal.jsonl")
   assert 1 + 1 < len(kept) < len(ROWS)  # the error row, and the row during which the signal came
   assert not (tmp_path / "out.jsonl").exists()
 
-  assert run(tmp_path, make_config(cache)).num_outputs == NUM_GOOD
+  assert run_job(tmp_path, make_config(cache)).num_outputs == NUM_GOOD
   for name in ("out.jsonl", "out.errors.jsonl"):
     assert (tmp_path / name).read_bytes() == (undisturbed / name).read_bytes()
   first, second = report.read_runs(tmp_path / "out.jsonl.job" / report.METRICS_FILE)
@@ -101,8 +105,8 @@ def test_a_second_signal_acts_as_without_a_job(tmp_path, cache, sigterm):
   class ImpatientTokenizer(StoppingTokenizer):
     num_signals = 2
 
-  with pytest.raises(runner.Interrupted):
-    run(tmp_path, make_config(cache), ImpatientTokenizer)
+  with pytest.raises(Interrupted):
+    run_job(tmp_path, make_config(cache), ImpatientTokenizer)
   assert sigterm == [signal.SIGTERM]
 
 
@@ -113,10 +117,10 @@ def test_a_signal_before_the_first_step_stops_at_once(tmp_path, cache, sigterm):
       os.kill(os.getpid(), signal.SIGTERM)
       raise AssertionError("went on")
 
-  with pytest.raises(runner.Interrupted):
-    run(tmp_path, make_config(cache), StopsWhilePreparing)
+  with pytest.raises(Interrupted):
+    run_job(tmp_path, make_config(cache), StopsWhilePreparing)
   assert not (tmp_path / "out.jsonl.job/prepared.json").exists()
-  assert issubclass(runner.Interrupted, KeyboardInterrupt)  # no library swallows it
+  assert issubclass(Interrupted, KeyboardInterrupt)  # no library swallows it
 
 
 def test_rows_are_prepared_once_and_a_finished_job_loads_nothing(tmp_path, cache, undisturbed):
@@ -129,9 +133,9 @@ def test_rows_are_prepared_once_and_a_finished_job_loads_nothing(tmp_path, cache
     raise OSError("disk of the weights is away")
 
   with pytest.raises(OSError, match="weights"):
-    run(tmp_path, make_config(cache), model_fn=broken)
-  assert run(tmp_path, make_config(cache), Unreadable).num_outputs == NUM_GOOD
-  again = run(tmp_path, make_config(cache), Unreadable, broken)
+    run_job(tmp_path, make_config(cache), model_fn=broken)
+  assert run_job(tmp_path, make_config(cache), Unreadable).num_outputs == NUM_GOOD
+  again = run_job(tmp_path, make_config(cache), Unreadable, broken)
   assert again.was_finished and again.num_outputs == NUM_GOOD
   assert (tmp_path / "out.jsonl").read_bytes() == (undisturbed / "out.jsonl").read_bytes()
 
@@ -139,14 +143,14 @@ def test_rows_are_prepared_once_and_a_finished_job_loads_nothing(tmp_path, cache
 def test_a_killed_job_that_lacks_only_its_files_writes_them(undisturbed, cache):
   expected = (undisturbed / "out.jsonl").read_bytes()
   (undisturbed / "out.jsonl").unlink()
-  finished = run(undisturbed, make_config(cache),
+  finished = run_job(undisturbed, make_config(cache),
                  model_fn=lambda source: pytest.fail("the model was loaded"))
   assert not finished.was_finished and (undisturbed / "out.jsonl").read_bytes() == expected
 
 
 def test_texts_depend_on_no_engine_setting(tmp_path, undisturbed):
   """Nor does anything else but the cached tokens, which sharing and windows decide."""
-  run(tmp_path, make_config("", share_prefixes=False, plan_window=5, page_size=8, max_rows=3,
+  run_job(tmp_path, make_config("", share_prefixes=False, plan_window=5, page_size=8, max_rows=3,
                             max_step_tokens=16, lookahead=0, max_decode_steps=3, num_pages=60))
   for ours, expected in zip(read(tmp_path / "out.jsonl"), read(undisturbed / "out.jsonl"),
                             strict=True):
@@ -158,15 +162,15 @@ def test_texts_depend_on_no_engine_setting(tmp_path, undisturbed):
 def test_changed_input_and_settings_are_refused(undisturbed, cache, tmp_path):
   config = make_config(cache)
   with pytest.raises(JobMismatch, match="sampling.temperature: 0.0 -> 0.5"):
-    run(undisturbed, dataclasses.replace(config, sampling=SamplingParams(temperature=0.5)))
+    run_job(undisturbed, dataclasses.replace(config, sampling=SamplingParams(temperature=0.5)))
   with pytest.raises(JobMismatch, match="engine.max_levels: 1 -> 2"):
-    run(undisturbed, make_config(cache, max_levels=2))  # cached tokens would change
+    run_job(undisturbed, make_config(cache, max_levels=2))  # cached tokens would change
   text = (undisturbed / "in.jsonl").read_text()
   (undisturbed / "in.jsonl").write_text(text + '{"prompt": "one more"}\n')
   with pytest.raises(JobMismatch, match="input: "):
-    run(undisturbed, config)
+    run_job(undisturbed, config)
   (undisturbed / "in.jsonl").write_text(text)
-  assert run(undisturbed, make_config(cache, max_rows=2, num_pages=80)).was_finished
+  assert run_job(undisturbed, make_config(cache, max_rows=2, num_pages=80)).was_finished
 
 
 def test_identity_hashes_every_file_of_the_model(tmp_path):
@@ -176,7 +180,7 @@ def test_identity_hashes_every_file_of_the_model(tmp_path):
   seen = []
   for name, text in (("model/a", "1"), ("model/sub/b", "1"), ("model/a", "2")):
     (tmp_path / name).write_text(text)
-    seen.append(runner.identity(config, str(tmp_path / "in.jsonl")))
+    seen.append(identity(config, str(tmp_path / "in.jsonl")))
   assert list(seen[1]["model"]["files"]) == ["model/a", "model/sub/b"]
   assert seen[0] != seen[1] != seen[2]
   json.dumps(seen)
@@ -186,15 +190,15 @@ def test_identity_hashes_every_file_of_the_model(tmp_path):
     ("d/out.jsonl", "d/out.errors.jsonl"), ("a.b.jsonl.gz", "a.b.errors.jsonl"),
     ("v1.2.parquet", "v1.2.errors.jsonl")])
 def test_default_error_path(output, error):
-  assert runner.default_error_path(output) == error
+  assert default_error_path(output) == error
 
 
 def test_a_tokenizer_that_cannot_be_read_names_the_field(tmp_path):
   with pytest.raises(ConfigError, match="model.tokenizer is empty"):
-    runner.read_tokenizer(ModelSource(format="random", shape="x"))
+    read_tokenizer(ModelSource(format="random", shape="x"))
   (tmp_path / "t.txt").write_text("")
   with pytest.raises(ConfigError, match="model.tokenizer: .*t.txt is no known kind of tokenizer"):
-    runner.read_tokenizer(ModelSource(path="m", tokenizer=str(tmp_path / "t.txt")))
+    read_tokenizer(ModelSource(path="m", tokenizer=str(tmp_path / "t.txt")))
 
 
 def test_metrics_tell_of_every_request(undisturbed):

@@ -8,11 +8,11 @@ from typing import Any
 
 from batchjax.config import JobConfig
 from batchjax.io.store import RequestReader
+from batchjax.jobs.prepare import prepare
+from batchjax.jobs.run import Loaders
 from batchjax.plan import memory, planner
 from batchjax.plan.cost import Chip
 from batchjax.plan.summary import plan_summary
-from batchjax.prepare import prepare
-from batchjax.runner import Loaders
 
 
 def plan_file(config: JobConfig, input_path: str, directory: pathlib.Path, chip: Chip,

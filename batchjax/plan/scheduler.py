@@ -6,15 +6,14 @@ from typing import NamedTuple
 
 import numpy as np
 
-from batchjax.cache.page_table import PageTable, Run
+from batchjax.cache.page_table import pages_for, PageTable, Run
 from batchjax.config import ConfigError
-from batchjax.engine.batch import Admission, Batch
-from batchjax.engine.builder import BatchBuilder
-from batchjax.engine.results import Results
-from batchjax.engine.row import Row
+from batchjax.plan.batch import Admission, Batch
+from batchjax.plan.builder import BatchBuilder
 from batchjax.plan.lengths import LengthPredictor, peak_pages
-from batchjax.plan.memory import pages_for
 from batchjax.plan.prefix_tree import PrefixTree
+from batchjax.plan.results import Results
+from batchjax.plan.row import Row
 from batchjax.types import Completion, Request, StepOutputs, StopTable
 
 

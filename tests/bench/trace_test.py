@@ -5,7 +5,7 @@ import pathlib
 import jax
 import pytest
 
-from batchjax import trace
+from batchjax.bench import trace
 
 
 def write_trace(folder: pathlib.Path, plane: str, lines: dict[str, list[tuple[str, int, int]]]):

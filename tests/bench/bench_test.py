@@ -11,22 +11,22 @@ import jax
 import numpy as np
 import pytest
 
-from batchjax import bench, roofline
+from batchjax.bench import bench, roofline
+from batchjax.bench.workloads import Draw, multi_level, prefix_groups, random, samples
 from batchjax.config import EngineConfig, from_config_dict, JobConfig
-from batchjax.engine.batch import Batch, Sample
 from batchjax.engine.compile import CompileRecord
-from batchjax.engine.pack import Bucket
-from batchjax.engine.scheduler import SchedulerStats
-from batchjax.generate import StepEvent
+from batchjax.generation import StepEvent
 from batchjax.models import SHAPES
 from batchjax.plan import planner
+from batchjax.plan.batch import Batch, Sample
+from batchjax.plan.buckets import Bucket
 from batchjax.plan.cost import CHIPS
+from batchjax.plan.scheduler import SchedulerStats
 from batchjax.plan.simulate import simulate
 from batchjax.types import Choice, Completion
 from batchjax.weights import load_config, Model
-from batchjax.workloads import Draw, multi_level, prefix_groups, random, samples
 
-ROOT = pathlib.Path(__file__).parents[1]
+ROOT = pathlib.Path(__file__).parents[2]
 CONFIG = SHAPES["tiny_llama"]
 ENGINE = EngineConfig(max_rows=8, max_step_tokens=40, page_size=8, num_pages=400,
                       max_decode_steps=4)

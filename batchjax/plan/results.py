@@ -5,9 +5,9 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from batchjax.engine.batch import Batch
-from batchjax.engine.row import Row
+from batchjax.plan.batch import Batch
 from batchjax.plan.prefix_tree import PrefixTree
+from batchjax.plan.row import Row
 from batchjax.types import Choice, Completion, FinishReason, Request, StepOutputs
 
 _FINISH: dict[int, FinishReason] = {1: "stop", 2: "stop", 3: "length"}

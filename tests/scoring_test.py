@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from batchjax.config import EngineConfig
-from batchjax.score import ScoreRequest, score
+from batchjax.scoring import ScoreRequest, score
 from batchjax.testing.fake_model import FakeModel, fake_config, fake_logits
 from batchjax.weights import Model
 

@@ -9,7 +9,7 @@ import pytest
 
 from batchjax.config import ConfigError, EngineConfig, JobConfig, ModelSource
 from batchjax.io.store import RequestReader
-from batchjax.prepare import BadRow, prepare, stop_strings
+from batchjax.jobs.prepare import BadRow, prepare, stop_strings
 from batchjax.testing.fake_model import fake_config
 from batchjax.testing.fake_tokenizer import FakeTokenizer
 from batchjax.types import SamplingParams

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from batchjax.cache.page_table import PageTable, Run
-from batchjax.engine.batch import Admission, Batch, Entry, PromptScore, Sample, SharedKV
-from batchjax.engine.row import Row
+from batchjax.plan.batch import Admission, Batch, Entry, PromptScore, Sample, SharedKV
 from batchjax.plan.prefix_tree import PrefixTree
+from batchjax.plan.row import Row
 from batchjax.types import Request, StopTable
 
 _NO_PAGES = np.empty(0, np.int32)

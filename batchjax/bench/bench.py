@@ -10,14 +10,14 @@ from typing import Any, NamedTuple
 
 import jax
 
+from batchjax.bench.roofline import dispatch_floor_secs
+from batchjax.bench.workloads import Workload
 from batchjax.config import EngineConfig, ModelConfig
 from batchjax.engine.compile import CompileRecord
-from batchjax.generate import generate, StepEvent
+from batchjax.generation import generate, StepEvent
 from batchjax.plan.cost import Chip
 from batchjax.plan.planner import Plan
-from batchjax.roofline import dispatch_floor_secs
 from batchjax.weights import Model
-from batchjax.workloads import Workload
 
 
 class BenchError(RuntimeError):

@@ -5,10 +5,10 @@ import os
 
 import pytest
 
-from batchjax import plan_report
 from batchjax.config import EngineConfig, JobConfig, ModelSource
+from batchjax.jobs.plan import plan_file, to_text
+from batchjax.jobs.run import Loaders
 from batchjax.plan.cost import CHIPS
-from batchjax.runner import Loaders
 from batchjax.testing.fake_model import fake_config
 from batchjax.testing.fake_tokenizer import FakeTokenizer
 from batchjax.types import SamplingParams
@@ -29,7 +29,7 @@ def plan(tmp_path, rows=None, **engine):
   config = JobConfig(model=ModelSource(path=os.devnull), engine=EngineConfig(**values | engine),
                      sampling=SamplingParams(max_tokens=10))
   loaders = Loaders(lambda source: fake_config(max_len=256), lambda source: FakeTokenizer(), fail)
-  return plan_report.plan_file(config, str(tmp_path / "in.jsonl"), tmp_path, CHIPS["h100"], loaders)
+  return plan_file(config, str(tmp_path / "in.jsonl"), tmp_path, CHIPS["h100"], loaders)
 
 
 def test_counts_and_sharing(tmp_path):
@@ -68,7 +68,7 @@ def test_windows_add_up(tmp_path, plan_window, windows):
 
 def test_text_says_the_same(tmp_path):
   values = plan(tmp_path)
-  text = plan_report.to_text(values)
+  text = to_text(values)
   assert "13: 12 requests, 1 errors" in text and values["errors"][0] in text
   assert f"{values['prompt_tokens_asked']:,} tokens asked" in text
   assert f"{values['prompt_tokens_computed']:,} computed" in text
@@ -80,5 +80,5 @@ def test_text_says_the_same(tmp_path):
 def test_a_file_of_bad_rows_only(tmp_path):
   values = plan(tmp_path, rows=[{"id": str(i)} for i in range(15)])
   assert (values["requests"], values["windows"], values["first_window"]) == (0, 0, None)
-  text = plan_report.to_text(values)
+  text = to_text(values)
   assert "15: 0 requests, 15 errors" in text and "row 10 (9)" in text and "row 11" not in text

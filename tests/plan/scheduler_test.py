@@ -11,9 +11,9 @@ import pytest
 from batchjax.config import ConfigError, EngineConfig
 from batchjax.engine.pack import pack
 from batchjax.engine.sampling_inputs import SamplingFeatures, SamplingTable
-from batchjax.engine.scheduler import Scheduler
 from batchjax.plan import memory, planner
 from batchjax.plan.cost import CHIPS
+from batchjax.plan.scheduler import Scheduler
 from batchjax.testing.fake_model import fake_config, fake_logits
 from batchjax.testing.numpy_device import NumpyDevice, draw_of_request
 from batchjax.testing.oracle import assert_same, oracle_completion

@@ -9,8 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from batchjax.config import ModelConfig
-from batchjax.device import chip_of
-from batchjax.engine.batch import Batch
+from batchjax.engine.device import chip_of
+from batchjax.plan.batch import Batch
 from batchjax.plan.cost import Chip, step_cost
 
 

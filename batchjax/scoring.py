@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 
 from batchjax.config import EngineConfig
-from batchjax.generate import generate
+from batchjax.generation import generate
 from batchjax.types import Request, SamplingParams
 from batchjax.weights import Model
 

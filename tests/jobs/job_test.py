@@ -14,10 +14,10 @@ import sys
 import numpy as np
 import pytest
 
-from batchjax import job as job_lib
 from batchjax.io import output, records
 from batchjax.io.journal import JournalError
 from batchjax.io.store import StoredRow
+from batchjax.jobs import job as job_lib
 from batchjax.types import Choice, Completion, Request
 
 IDENTITY = {"input": {"sha256": "ab"}, "sampling": {"temperature": 0.5, "stop": ("a",)}, "seed": 0}
@@ -184,7 +184,7 @@ def test_one_process_at_a_time(tmp_path):
 
 WORKER = """
 import sys
-from batchjax import job
+from batchjax.jobs import job
 with job.open_job(sys.argv[1], {"seed": 0}) as j:
   finished = j.finished_rows(10**6)
   for i in range(10**6):
@@ -195,7 +195,7 @@ with job.open_job(sys.argv[1], {"seed": 0}) as j:
 
 
 def test_sigkill_loses_no_row_that_was_appended(tmp_path):
-  env = os.environ | {"PYTHONPATH": str(Path(job_lib.__file__).parents[1])}
+  env = os.environ | {"PYTHONPATH": str(Path(job_lib.__file__).parents[2])}
   said = -1
   for num_lines in (3, 40):
     worker = subprocess.Popen([sys.executable, "-c", WORKER, str(tmp_path / "j")], env=env,

@@ -5,7 +5,7 @@ import functools
 from absl import app
 from absl import flags
 
-from batchjax.workloads import default_sizes, WORKLOADS
+from batchjax.bench.workloads import default_sizes, WORKLOADS
 
 _DEFINE = {bool: flags.DEFINE_bool,
            int: functools.partial(flags.DEFINE_integer, lower_bound=1),

@@ -10,17 +10,18 @@ import jax
 import numpy as np
 
 from batchjax.config import ConfigError, EngineConfig, ModelConfig
-from batchjax.device import chip_of, memory_limit
 from batchjax.engine import compile as compile_lib
 from batchjax.engine import startup
-from batchjax.engine.batch import Batch
-from batchjax.engine.pack import Bucket, pack
+from batchjax.engine.device import chip_of, memory_limit
+from batchjax.engine.pack import pack
 from batchjax.engine.sampling_inputs import SamplingFeatures, SamplingTable
-from batchjax.engine.scheduler import SchedulerStats
 from batchjax.engine.step import EngineState
 from batchjax.models import Transformer
 from batchjax.plan import memory, planner
+from batchjax.plan.batch import Batch
+from batchjax.plan.buckets import Bucket
 from batchjax.plan.cost import Chip
+from batchjax.plan.scheduler import SchedulerStats
 from batchjax.types import Completion, Request, StepOutputs, StopTable
 from batchjax.weights import Model
 

@@ -5,9 +5,9 @@ import numpy as np
 from batchjax.config import JobConfig, ModelConfig
 from batchjax.io import files, records
 from batchjax.io.records import Record, RowError
-from batchjax.prepare import BadRow
-from batchjax.runner import Loaders, configure_jax
-from batchjax.score import ScoreRequest, score
+from batchjax.jobs.prepare import BadRow
+from batchjax.jobs.run import Loaders, configure_jax
+from batchjax.scoring import ScoreRequest, score
 from batchjax.text.tokenizer import Tokenizer
 
 

@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 
 from batchjax.config import ConfigError, EngineConfig
-from batchjax.device import chip_of, memory_limit
 from batchjax.engine.compile import CompileRecord
-from batchjax.generate import StepEvent, generate
+from batchjax.engine.device import chip_of, memory_limit
+from batchjax.generation import StepEvent, generate
 from batchjax.models import SHAPES
 from batchjax.plan.planner import Plan
 from batchjax.testing.fake_model import FakeModel, fake_config

@@ -1,0 +1,32 @@
+"""What makes a job the same job: everything that its output depends on."""
+
+import dataclasses
+import pathlib
+from typing import Any
+
+from batchjax.config import JobConfig
+from batchjax.jobs.job import hash_file
+
+
+def identity(config: JobConfig, input_path: str) -> dict[str, Any]:
+  """All that the output depends on; most engine settings change speed only and are left out."""
+  source = config.model
+  model = {"name": source.name, "dtype": source.dtype, "shape": source.shape, "seed": source.seed,
+           "files": _hash_files(source.path)}
+  # What `planner.cached_tokens` depends on, which the usage of each completion shows.
+  engine = {name: getattr(config.engine, name)
+            for name in ("share_prefixes", "max_levels", "plan_window")}
+  settings = {"sampling": dataclasses.asdict(config.sampling), "seed": config.seed,
+              "strict": config.strict, "engine": engine,
+              "chat_template": _hash_files(config.chat_template)}
+  return {"input": hash_file(input_path), "model": model,
+          "tokenizer": _hash_files(source.tokenizer), "settings": settings}
+
+
+def _hash_files(path: str) -> dict[str, str]:
+  """SHA-256 of a file, or of every file in a folder."""
+  if not path:
+    return {}
+  root = pathlib.Path(path).expanduser()
+  paths = [root] if root.is_file() else sorted(p for p in root.rglob("*") if p.is_file())
+  return {str(p.relative_to(root.parent)): hash_file(p) for p in paths}

@@ -1,0 +1,54 @@
+"""How the parts of a model come to a job, and how JAX is set up for it."""
+
+from collections.abc import Callable
+import dataclasses
+import os
+import pathlib
+from typing import Any
+
+import jax
+
+from batchjax import weights
+from batchjax.config import ConfigError, ModelConfig, ModelSource
+from batchjax.models import Transformer
+from batchjax.plan.memory import DEVICE_SHARE
+from batchjax.text.tokenizer import load_tokenizer, Tokenizer
+
+
+def read_tokenizer(source: ModelSource) -> Tokenizer:
+  """The tokenizer at `source.tokenizer`, or beside the weights.
+
+  Raises:
+    ConfigError: none is named, or it is of no known kind.
+  """
+  path = source.tokenizer or source.path
+  if not path:
+    raise ConfigError("model.tokenizer is empty, and random weights have none beside them: name "
+                      "a folder, a tokenizer.json, a .model or a .gguf file")
+  try:
+    return load_tokenizer(pathlib.Path(path).expanduser())
+  except ValueError as e:
+    raise ConfigError(f"{'model.tokenizer' if source.tokenizer else 'model.path'}: {e}") from e
+
+
+@dataclasses.dataclass(frozen=True)
+class Loaders:
+  """How the parts of a model are loaded; tests put a fake model here."""
+
+  config: Callable[[ModelSource], ModelConfig] = weights.load_config
+  tokenizer: Callable[[ModelSource], Tokenizer] = read_tokenizer
+  model: Callable[[ModelSource], weights.Model] = weights.load_model
+  module_class: Callable[..., Any] = Transformer
+
+
+def configure_jax(cache_dir: str) -> None:
+  """Gives JAX most of the device's memory, and a folder to keep compiled steps in ("": none).
+
+  To be called before the first use of a device.
+  """
+  os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(DEVICE_SHARE))
+  if cache_dir:
+    path = pathlib.Path(cache_dir).expanduser()
+    path.mkdir(parents=True, exist_ok=True)
+    jax.config.update("jax_compilation_cache_dir", str(path))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
