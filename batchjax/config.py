@@ -135,7 +135,8 @@ class EngineConfig:
     compile_secs: what one more compiled shape is taken to cost.
     plan_window: requests planned at a time; bounds host memory.
     attention: implementation of shared_prefix_attention; None picks by device.
-    compilation_cache_dir: persistent compile cache; "" turns it off.
+    compilation_cache_dir: folder that keeps compiled steps for later processes; "" keeps none.
+    compilation_cache_bytes: the steps not used for longest go when it holds more.
   """
 
   max_rows: int = 64
@@ -153,6 +154,7 @@ class EngineConfig:
   plan_window: int = 100_000
   attention: str | None = None
   compilation_cache_dir: str = "~/.cache/batchjax"
+  compilation_cache_bytes: int = 4 << 30
 
   def __post_init__(self):
     for name in ("max_rows", "max_step_tokens", "page_size", "kv_lanes", "max_decode_steps",

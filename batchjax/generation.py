@@ -26,6 +26,20 @@ from batchjax.types import Completion, Request, StepOutputs, StopTable
 from batchjax.weights import Model
 
 
+class StartEvent(NamedTuple):
+  """What came before the first dispatch, in seconds of wall time.
+
+  Attributes:
+    plan_secs: reading the first window and planning it.
+    compile_secs: having every step: looked up, or traced, lowered and compiled.
+    warm_up_secs: making the KV pool and running every step once with nothing in it.
+  """
+
+  plan_secs: float
+  compile_secs: float
+  warm_up_secs: float
+
+
 class StepEvent(NamedTuple):
   """One dispatch whose results have come back, for metrics and progress.
 
@@ -59,7 +73,8 @@ def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = E
     features: what sampling has to do; found from the requests when None, which
       takes them all to be in the first window.
     stop_table: automata of all stop strings (`text.stop.build_stop_table`).
-    observe: is given the `Plan` of each window, the `CompileRecord`s and every `StepEvent`.
+    observe: is given every `CompileRecord`, the `StartEvent`, then the `Plan` of each window and
+      every `StepEvent`.
     module_class: `module_class(config, page_size, attention, max_levels)` makes the module.
     compiler_options: of XLA; None takes those that serve the backend best.
 
@@ -70,6 +85,7 @@ def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = E
     ConfigError: a request can never fit, the engine's sizes do not fit together, or the device
       has too little memory for them.
   """
+  called = time.perf_counter()
   windows = _windows(requests, engine.plan_window)
   window, is_only_window = next(windows, ((), True))
   if not window:
@@ -79,22 +95,26 @@ def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = E
   engine = memory.settle(config, engine, chip, device_bytes)
   if features is None:
     features = SamplingFeatures.of((r.sampling_params for r in window), config.eos_token_ids)
-  plan = _plan(config, window, engine, chip, is_only_window=is_only_window, stop_table=stop_table)
+  compiler = compile_lib.StepCompiler(
+      module_class(config, engine.page_size, engine.attention, engine.max_levels), model.params,
+      features, stop_table, config, engine, device, compiler_options)
+  available = compiler.available(memory.num_kv_pages(config, engine))
+  plan = _plan(config, window, engine, chip, available=available, is_only_window=is_only_window,
+               stop_table=stop_table)
   buckets = plan.buckets
   max_rows = max(bucket.num_rows for bucket in buckets)
   table = SamplingTable(max_rows, features, config.eos_token_ids, stop_table)
   transitions = None if stop_table is None else jax.device_put(stop_table.transitions)
   make_state = compile_lib.make_state_fn(config, engine, plan.num_pages, max_rows, features)
-  module = module_class(config, engine.page_size, engine.attention, engine.max_levels)
-  steps = compile_lib.compile_steps(
-      module, model.params, jax.eval_shape(make_state), buckets, features, table, transitions,
-      max_decode_steps=engine.max_decode_steps, max_len=config.max_len,
-      compiler_options=compiler_options)
+  planned = time.perf_counter()
+  steps = compiler.compile(jax.eval_shape(make_state), buckets)
+  compiled = time.perf_counter()
   for record in steps.records:
     observe(record)
   startup.check_memory(steps.records, device_bytes)
   state = startup.warm_up(steps, buckets, model.params, transitions, make_state(), table,
                           engine.page_size, features)
+  observe(StartEvent(planned - called, compiled - planned, time.perf_counter() - compiled))
 
   def dispatch(batch: Batch, state: EngineState) -> tuple[Bucket, StepOutputs, EngineState]:
     """Sends a batch to the device; does not wait for it."""
@@ -113,8 +133,8 @@ def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = E
   while window:
     observe(plan)
     scheduler = planner.make_scheduler(
-        window, plan, engine, max_rows,
-        max(bucket.num_tokens for bucket in buckets), stop_table)
+        window, plan, engine, min(max_rows, engine.max_rows),
+        min(max(bucket.num_tokens for bucket in buckets), engine.max_step_tokens), stop_table)
     in_flight: collections.deque = collections.deque()
     last_read = time.perf_counter()
     while not scheduler.finished:

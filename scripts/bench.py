@@ -48,7 +48,7 @@ def main(argv: list[str]) -> int:
   sampling = {"temperature": _TEMPERATURE.value, "top_p": _TOP_P.value, "top_k": _TOP_K.value}
   try:
     config = from_config_dict(JobConfig, _CONFIG.value.to_dict())
-    configure_jax(config.engine.compilation_cache_dir)
+    configure_jax()
     ceilings = roofline.measure_ceilings(config.model.dtype) if _CEILINGS.value else None
     start = time.perf_counter()
     model = load_model(config.model)

@@ -81,7 +81,7 @@ def main(argv: list[str]) -> None:
   if len(argv) > 1:
     raise app.UsageError(f"unexpected arguments: {argv[1:]}")
   config = batchjax.from_config_dict(batchjax.JobConfig, _CONFIG.value.to_dict())
-  configure_jax(config.engine.compilation_cache_dir)
+  configure_jax()
   model = batchjax.load_model(config.model)
   rng = np.random.default_rng(0)
   draw = lambda *shape: rng.integers(3, model.config.vocab_size, shape).astype(np.int32)

@@ -1,6 +1,8 @@
 """Every test runs on the CPU; a TPU compiler that is installed must not look for a TPU."""
 
 import os
+import pathlib
+import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -8,3 +10,9 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 # Threads of an interpreted kernel wait for one another in callbacks, each of which holds a thread of
 # XLA's pool; that pool has as many as there are cores.
 os.environ.setdefault("NPROC", "16")
+# Compiled steps are kept below the home folder: one of this run's own, which its processes share.
+os.environ.setdefault("MPLCONFIGDIR", str(pathlib.Path.home() / ".config" / "matplotlib"))
+_HOME = pathlib.Path(tempfile.gettempdir()) / (
+    f"batchjax-tests-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}")
+_HOME.mkdir(mode=0o700, exist_ok=True)
+os.environ["HOME"] = str(_HOME)

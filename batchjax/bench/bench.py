@@ -14,7 +14,7 @@ from batchjax.bench.roofline import dispatch_floor_secs
 from batchjax.bench.workloads import Workload
 from batchjax.config import EngineConfig, ModelConfig
 from batchjax.engine.compile import CompileRecord
-from batchjax.generation import generate, StepEvent
+from batchjax.generation import generate, StartEvent, StepEvent
 from batchjax.plan.cost import Chip
 from batchjax.plan.planner import Plan
 from batchjax.weights import Model
@@ -40,10 +40,13 @@ class Figures:
 
   Attributes:
     device, jax_version: where it ran.
-    elapsed_secs: from the first dispatch, everything being compiled, to the last completion.
-    startup_secs: what came before: planning, the KV pool, compiling.
-    compile_secs: summed over shapes, which compile in parallel.
-    num_compiled, num_cached: shapes, and those that the persistent cache had.
+    total_secs: from the call of `generate` to the last completion.
+    elapsed_secs: the part from the first dispatch on, everything being compiled.
+    startup_secs: the part before it: `plan_secs` of planning, `compile_secs` of having the steps, and
+      `warm_up_secs` of making the KV pool and loading kernels.
+    lower_secs: of `compile_secs`, tracing and lowering.
+    read_secs: of `compile_secs`, reading the step that took longest from disk.
+    num_compiled, num_cached: shapes, and those that an earlier job had left.
     requests_per_sec, output_tokens_per_sec: by `elapsed_secs`.
     total_tokens_per_sec: output tokens, and every prompt once.
     output_tokens: tokens drawn.
@@ -67,9 +70,14 @@ class Figures:
 
   device: str
   jax_version: str
+  total_secs: float
   elapsed_secs: float
   startup_secs: float
+  plan_secs: float
   compile_secs: float
+  lower_secs: float
+  read_secs: float
+  warm_up_secs: float
   num_compiled: int
   num_cached: int
   num_requests: int
@@ -134,8 +142,12 @@ def run(model: Model, workload: Workload, engine: EngineConfig, *, ceilings: Chi
   windows: list[tuple[Plan, float, int]] = []  # with their begin and first step
   compiles: list[CompileRecord] = []
 
-  def observe(event: Plan | CompileRecord | StepEvent) -> None:
-    if isinstance(event, Plan):
+  starts: list[StartEvent] = []
+
+  def observe(event: Plan | CompileRecord | StartEvent | StepEvent) -> None:
+    if isinstance(event, StartEvent):
+      starts.append(event)
+    elif isinstance(event, Plan):
       windows.append((event, time.perf_counter(), len(steps)))
     elif isinstance(event, CompileRecord):
       compiles.append(event)
@@ -167,8 +179,9 @@ def run(model: Model, workload: Workload, engine: EngineConfig, *, ceilings: Chi
   last_of_window = [first - 1 for *_, first in windows[1:]] + [len(steps) - 1]
   return Figures(
       device=jax.devices()[0].device_kind, jax_version=jax.__version__,
-      elapsed_secs=elapsed, startup_secs=begin - called,
-      compile_secs=sum(record.secs for record in compiles), num_compiled=len(compiles),
+      total_secs=begin + elapsed - called, elapsed_secs=elapsed, startup_secs=begin - called,
+      **starts[0]._asdict(), lower_secs=sum(record.lower_secs for record in compiles),
+      read_secs=max(record.read_secs for record in compiles), num_compiled=len(compiles),
       num_cached=sum(record.cached for record in compiles),
       num_requests=num_completed, requests_per_sec=num_completed / elapsed,
       output_tokens_per_sec=output_tokens / elapsed,

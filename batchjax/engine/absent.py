@@ -1,5 +1,6 @@
 """Compiles the steps of a plan for a device that is not here."""
 
+import dataclasses
 import functools
 
 from flax import linen as nn
@@ -7,7 +8,7 @@ import jax
 
 from batchjax.config import EngineConfig, ModelConfig
 from batchjax.engine import compile as compile_lib
-from batchjax.engine.sampling_inputs import SamplingFeatures, SamplingTable
+from batchjax.engine.sampling_inputs import SamplingFeatures
 from batchjax.models import init_params, Transformer
 from batchjax.plan.buckets import Bucket
 from batchjax.plan.planner import Plan
@@ -37,9 +38,8 @@ def compile_absent(bucket: Bucket, plan: Plan, config: ModelConfig, engine: Engi
                                        platform=device.platform)
   mesh = jax.sharding.AbstractMesh((1,), ("device",), abstract_device=target)
   with jax.sharding.use_abstract_mesh(mesh):  # tells kernels their target
-    return compile_lib.compile_steps(
+    compiler = compile_lib.StepCompiler(
         Transformer(config, engine.page_size, attention, engine.max_levels), on_device(params),
-        on_device(state), [bucket], features,
-        SamplingTable(max_rows, features, config.eos_token_ids), None,
-        max_decode_steps=engine.max_decode_steps, max_len=config.max_len,
-        compiler_options=compile_lib.COMPILER_OPTIONS[device.platform])[bucket]
+        features, None, config, dataclasses.replace(engine, compilation_cache_dir=""), device)
+    return compiler.lower(bucket, on_device(state)).compile(
+        compile_lib.COMPILER_OPTIONS[device.platform])

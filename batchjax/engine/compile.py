@@ -3,23 +3,21 @@
 import concurrent.futures
 import functools
 import os
-import threading
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 
 from batchjax.cache.kv_state import init_kv_state
 from batchjax.config import EngineConfig, ModelConfig
-from batchjax.engine import sampling, step
+from batchjax.engine import sampling, step, step_cache
 from batchjax.engine.sampling_inputs import SamplingFeatures, SamplingTable
 from batchjax.plan.batch import Admission
 from batchjax.plan.buckets import Bucket
-from batchjax.types import Segments, StepInputs
+from batchjax.types import SamplingInputs, Segments, StepInputs, StopTable
 
 
 COMPILER_OPTIONS = {
@@ -37,17 +35,26 @@ class CompileRecord(NamedTuple):
 
   Attributes:
     name: of its kind and size.
-    secs: that tracing and compiling took.
-    cached: the persistent cache had it.
+    lower_secs: that tracing and lowering took.
+    compile_secs: that compiling took.
+    read_secs: that loading it from the cache folder took.
+    cached: an earlier job had left it, in this process or in the cache folder.
     argument_bytes, temp_bytes: device memory while it runs: weights, KV pool and inputs, and all
       that it makes itself.
   """
 
   name: str
-  secs: float
-  cached: bool
+  lower_secs: float = 0.0
+  compile_secs: float = 0.0
+  read_secs: float = 0.0
+  cached: bool = False
   argument_bytes: int = 0
   temp_bytes: int = 0
+
+  @property
+  def secs(self) -> float:
+    """All that it took."""
+    return self.lower_secs + self.compile_secs + self.read_secs
 
 
 class ShapeError(RuntimeError):
@@ -75,84 +82,147 @@ class Steps:
 def make_state_fn(config: ModelConfig, engine: EngineConfig, num_pages: int, max_rows: int,
                   features: SamplingFeatures) -> Callable[[], step.EngineState]:
   """Makes an engine at rest on the device: an empty pool and empty slots."""
-  return jax.jit(lambda: step.init_engine_state(
-      init_kv_state(config, num_pages, engine.page_size, engine.kv_lanes), max_rows,
-      config.vocab_size, features))
+  return functools.partial(_make_state, config, engine.page_size, engine.kv_lanes, num_pages,
+                           max_rows, features)
 
 
-def compile_steps(module: Any, params: Any, state: step.EngineState, buckets: Sequence[Bucket],
-                  features: SamplingFeatures, table: SamplingTable, stop_transitions: Any, *,
-                  max_decode_steps: int, max_len: int,
-                  compiler_options: dict[str, Any] | None = None) -> Steps:
-  """Lowers every bucket, then compiles them in parallel threads.
+@functools.partial(jax.jit, static_argnums=range(6))
+def _make_state(config, page_size, kv_lanes, num_pages, max_rows, features):
+  return step.init_engine_state(init_kv_state(config, num_pages, page_size, kv_lanes), max_rows,
+                                config.vocab_size, features)
 
-  Args:
-    module, features: see `step.mixed_step`.
-    params, state, stop_transitions: as the steps will get them; shapes will do for the state, so
-      that the compiler has the memory for itself while it tries out products.
-    buckets: the shapes.
-    table: whose rows give the shapes of sampling inputs.
-    max_decode_steps: most iterations of a decode loop.
-    max_len: longest prompt, for the penalties' token counts.
-    compiler_options: of XLA; None takes those that serve the backend best.
-  """
-  if compiler_options is None:
-    compiler_options = COMPILER_OPTIONS.get(jax.default_backend())
-  mixed = jax.jit(functools.partial(step.mixed_step, module, features), donate_argnums=2)
-  decode = jax.jit(functools.partial(step.decode_loop, module, features, max_decode_steps),
-                   donate_argnums=2)
-  jobs = {}
-  for bucket in buckets:
-    inputs = input_shapes(bucket, table, features)
-    if bucket.kind == "mixed":
-      jobs[bucket] = functools.partial(mixed.lower, params, stop_transitions, state, inputs)
-    else:
-      jobs[bucket] = functools.partial(decode.lower, params, stop_transitions, state, inputs,
-                                       jax.ShapeDtypeStruct((), jnp.int32))
-  if features.penalties:
-    tokens = jax.ShapeDtypeStruct((max_len,), jnp.int32)
-    jobs["admit"] = functools.partial(
-        jax.jit(sampling.admit, donate_argnums=0).lower, state.penalties,
-        jax.ShapeDtypeStruct((), jnp.int32), tokens, tokens)
 
-  lowered = []
-  for key, lower in jobs.items():  # one after the other: their order shows in the programs' text
+class StepCompiler:
+  """Makes the compiled steps of one model and one kind of job, and takes up those that exist."""
+
+  def __init__(self, module: Any, params: Any, features: SamplingFeatures,
+               stop_table: StopTable | None, config: ModelConfig, engine: EngineConfig,
+               device: jax.Device, compiler_options: dict[str, Any] | None = None):
+    """Args:
+      module, features: see `step.mixed_step`.
+      params: as the steps will get them, or their shapes.
+      stop_table: stop automata, None where no row has stop strings.
+      config: shapes of the model.
+      engine: page size, longest decode loop, and the folder that keeps steps for other processes.
+      device: where they will run.
+      compiler_options: of XLA; None takes those that serve the backend best.
+
+    Raises:
+      ConfigError: the cache folder cannot be trusted.
+    """
+    self._module, self._features, self._device = module, features, device
+    self._params = step_cache.shapes_of(params)
+    self._transitions = step_cache.shapes_of(None if stop_table is None else stop_table.transitions)
+    self._sampling = SamplingTable(1, features, config.eos_token_ids).rows
+    self._max_decode_steps, self._max_len = engine.max_decode_steps, config.max_len
+    self._options = (COMPILER_OPTIONS.get(device.platform) if compiler_options is None
+                     else compiler_options)
+    self._folder = None
+    if engine.compilation_cache_dir:
+      self._folder = step_cache.StepFolder(engine.compilation_cache_dir,
+                                           engine.compilation_cache_bytes)
+    self._page = engine.page_size, engine.kv_lanes
+
+  @functools.cached_property
+  def base(self) -> str:
+    """The part of the steps' keys that is not sizes."""
+    return step_cache.base_key(
+        self._module, self._device, features=self._features, params=self._params,
+        transitions=self._transitions, sampling=[x.shape[1:] for x in self._sampling],
+        page=self._page, max_decode_steps=self._max_decode_steps, max_len=self._max_len,
+        options=self._options)
+
+  def available(self, num_pages: int) -> set[tuple[Bucket, int]]:
+    """Shapes of this model and kind of job that need no compiling, with the slots of their state."""
+    keys = step_cache.compiled_steps().keys()
+    if self._folder is not None:
+      keys += self._folder.keys()
+    return {(key.bucket, key.num_slots) for key in keys
+            if (key.base, key.num_pages) == (self.base, num_pages)}
+
+  def compile(self, state: step.EngineState, buckets: Sequence[Bucket]) -> Steps:
+    """All steps of a job.
+
+    Shapes are looked up side by side. What is missing is lowered one after the other, since that
+    is Python, while those lowered before compile in other threads.
+
+    Args:
+      state: shapes of the state that the steps will get.
+      buckets: the shapes.
+    """
+    num_slots, num_pages = len(state.done), len(state.kv.pages[0])
+    jobs = {bucket: (step_cache.StepKey(self.base, bucket, num_slots, num_pages),
+                     functools.partial(self.lower, bucket, state)) for bucket in buckets}
+    if self._features.penalties:
+      shape = Bucket("admit", self._max_len, 1, 0, 0)
+      jobs["admit"] = (step_cache.StepKey(self.base, shape, num_slots, 0),
+                       functools.partial(self._lower_admit, state))
+    with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
+      found = dict(zip(jobs, pool.map(lambda job: self._find(job[0]), jobs.values())))
+      built = {}
+      for name, (key, lower) in jobs.items():
+        if found[name] is None:
+          start = time.perf_counter()
+          lowered = lower()
+          built[name] = pool.submit(self._build, key, lowered, time.perf_counter() - start)
+      results = {name: found[name] or built[name].result() for name in jobs}
+    return Steps({name: executable for name, (executable, _) in results.items()},
+                 [record for _, record in results.values()])
+
+  def _find(self, key: step_cache.StepKey) -> tuple[Callable, CompileRecord] | None:
+    start, memory = time.perf_counter(), step_cache.compiled_steps()
+    if (known := memory.get(key)) is None and self._folder is not None:
+      if (known := self._folder.get(key, self._device)) is not None:
+        memory.put(key, known)
+    if known is None:
+      return None
+    return known.executable, CompileRecord(
+        _name(key), read_secs=time.perf_counter() - start, cached=True,
+        argument_bytes=known.argument_bytes, temp_bytes=known.temp_bytes)
+
+  def _build(self, key: step_cache.StepKey, lowered: jax.stages.Lowered,
+             lower_secs: float) -> tuple[Callable, CompileRecord]:
     start = time.perf_counter()
-    lowered.append((key, lower(), time.perf_counter() - start))
-  with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
-    built = dict(zip(jobs, pool.map(functools.partial(_build, compiler_options), lowered)))
-  return Steps({key: executable for key, (executable, _) in built.items()},
-               [record for _, record in built.values()])
+    executable = lowered.compile(self._options)
+    compile_secs = time.perf_counter() - start
+    memory = executable.memory_analysis()
+    made = step_cache.CompiledStep(
+        executable, memory.argument_size_in_bytes,
+        memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes)
+    step_cache.compiled_steps().put(key, made)
+    if self._folder is not None:
+      self._folder.put(key, made)
+    return executable, CompileRecord(_name(key), lower_secs, compile_secs,
+                                     argument_bytes=made.argument_bytes, temp_bytes=made.temp_bytes)
+
+  def lower(self, bucket: Bucket, state: step.EngineState) -> jax.stages.Lowered:
+    """The program of one shape.
+
+    Args:
+      bucket: the shape.
+      state: shapes of the state.
+    """
+    inputs = input_shapes(bucket, self._sampling, self._features)
+    if bucket.kind == "mixed":
+      fn, count = functools.partial(step.mixed_step, self._module, self._features), ()
+    else:
+      fn = functools.partial(step.decode_loop, self._module, self._features, self._max_decode_steps)
+      count = (jax.ShapeDtypeStruct((), jnp.int32),)
+    return jax.jit(fn, donate_argnums=2).lower(self._params, self._transitions, state, inputs, *count)
+
+  def _lower_admit(self, state: step.EngineState) -> jax.stages.Lowered:
+    tokens = jax.ShapeDtypeStruct((self._max_len,), jnp.int32)
+    return jax.jit(sampling.admit, donate_argnums=0).lower(
+        state.penalties, jax.ShapeDtypeStruct((), jnp.int32), tokens, tokens)
 
 
-def _build(options: dict[str, Any] | None, job: tuple[Bucket | str, jax.stages.Lowered, float]
-           ) -> tuple[Callable, CompileRecord]:
-  """Compiles one shape in this thread."""
-  key, lowered, lower_secs = job
-  thread, hits = threading.get_ident(), []
-
-  def listen(event: str, **_: Any) -> None:
-    if event == "/jax/compilation_cache/cache_hits" and threading.get_ident() == thread:
-      hits.append(event)
-
-  start = time.perf_counter()
-  jax.monitoring.register_event_listener(listen)
-  try:
-    executable = lowered.compile(options)
-  finally:
-    jax.monitoring.unregister_event_listener(listen)
-  memory = executable.memory_analysis()
-  return executable, CompileRecord(
-      _name(key), lower_secs + time.perf_counter() - start, bool(hits),
-      memory.argument_size_in_bytes,
-      memory.output_size_in_bytes - memory.alias_size_in_bytes + memory.temp_size_in_bytes)
+def _name(key: step_cache.StepKey) -> str:
+  kind, size = key.bucket[:2]
+  return kind if kind == "admit" else f"{kind} {size}"
 
 
-def _name(key: Bucket | str) -> str:
-  return key if isinstance(key, str) else f"{key.kind} {key.num_tokens}"
-
-
-def input_shapes(bucket: Bucket, table: SamplingTable, features: SamplingFeatures) -> StepInputs:
+def input_shapes(bucket: Bucket, sampling_rows: SamplingInputs,
+                 features: SamplingFeatures) -> StepInputs:
   """Shapes and types of what `pack` makes for a bucket."""
   ints = lambda *shape: jax.ShapeDtypeStruct(shape, jnp.int32)
   tokens, rows = ints(bucket.num_tokens), ints(bucket.num_rows)
@@ -163,7 +233,7 @@ def input_shapes(bucket: Bucket, table: SamplingTable, features: SamplingFeature
       own_segments=rows, is_first=jax.ShapeDtypeStruct((bucket.num_rows,), jnp.bool_),
       stop_states=rows, num_generated=rows,
       sampling=jax.tree.map(
-          lambda x: jax.ShapeDtypeStruct((bucket.num_rows, *x.shape[1:]), x.dtype), table.rows),
+          lambda x: jax.ShapeDtypeStruct((bucket.num_rows, *x.shape[1:]), x.dtype), sampling_rows),
       next_tokens=tokens if features.prompt_logprobs else None)
 
 

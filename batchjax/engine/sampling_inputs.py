@@ -20,9 +20,9 @@ class SamplingFeatures:
       share compiled steps); 0 without top-k.
     top_p, min_p: some row draws with them.
     penalties: some row has a presence, frequency or repetition penalty.
-    num_bias: most `logit_bias` entries of a row.
+    num_bias: room for the `logit_bias` entries of a row (a power of two, or 0).
     min_tokens: some row has a least length.
-    num_stop_ids: most tokens that end a row, the model's own included.
+    num_stop_ids: room for the tokens that end a row, the model's own included (likewise).
     stop_strings: some row ends at strings.
     logprobs: some row returns the log-probabilities of its tokens.
     num_top_logprobs: most alternatives that a row returns per token.
@@ -155,10 +155,15 @@ def _features_of_one(params: SamplingParams, eos_token_ids: Sequence[int]) -> Sa
     top_p=not greedy and params.top_p < 1, min_p=not greedy and params.min_p > 0,
     penalties=(params.presence_penalty, params.frequency_penalty,
                params.repetition_penalty) != (0, 0, 1),
-    num_bias=len(params.logit_bias), min_tokens=params.min_tokens > 0,
-    num_stop_ids=len(_stop_ids(params, eos_token_ids)), stop_strings=bool(params.stop),
+    num_bias=_rung(len(params.logit_bias)), min_tokens=params.min_tokens > 0,
+    num_stop_ids=_rung(len(_stop_ids(params, eos_token_ids))), stop_strings=bool(params.stop),
     logprobs=params.logprobs,
     num_top_logprobs=params.top_logprobs, prompt_logprobs=params.prompt_logprobs)
+
+
+def _rung(count: int) -> int:
+  """The next power of two, 0 for none."""
+  return 1 << (count - 1).bit_length() if count else 0
 
 
 def _stop_ids(params: SamplingParams, eos_token_ids: Sequence[int]) -> list[int]:

@@ -6,8 +6,6 @@ import os
 import pathlib
 from typing import Any
 
-import jax
-
 from batchjax import weights
 from batchjax.config import ConfigError, ModelConfig, ModelSource
 from batchjax.models import Transformer
@@ -41,14 +39,6 @@ class Loaders:
   module_class: Callable[..., Any] = Transformer
 
 
-def configure_jax(cache_dir: str) -> None:
-  """Gives JAX most of the device's memory, and a folder to keep compiled steps in ("": none).
-
-  To be called before the first use of a device.
-  """
+def configure_jax() -> None:
+  """Gives JAX most of the device's memory; to be called before the first use of a device."""
   os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(DEVICE_SHARE))
-  if cache_dir:
-    path = pathlib.Path(cache_dir).expanduser()
-    path.mkdir(parents=True, exist_ok=True)
-    jax.config.update("jax_compilation_cache_dir", str(path))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)

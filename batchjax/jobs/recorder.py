@@ -6,7 +6,7 @@ import time
 
 from batchjax import report
 from batchjax.engine.compile import CompileRecord
-from batchjax.generation import StepEvent
+from batchjax.generation import StartEvent, StepEvent
 from batchjax.io import files
 from batchjax.io.store import StoredRow
 from batchjax.jobs.signals import Interrupted, Stop
@@ -30,7 +30,7 @@ class Recorder:
     for sink in self._sinks:
       sink(record)
 
-  def observe(self, event: Plan | CompileRecord | StepEvent) -> None:
+  def observe(self, event: Plan | CompileRecord | StartEvent | StepEvent) -> None:
     """Raises Interrupted once the results of the first step after a stop signal are kept."""
     now = time.perf_counter() - self._start
     if isinstance(event, Plan):
@@ -39,7 +39,7 @@ class Recorder:
         f.write(json.dumps(plan_summary(event), indent=1).encode())
     elif isinstance(event, CompileRecord):
       self._emit(report.CompileRecord(bucket=event.name, secs=event.secs, cached=event.cached))
-    else:
+    elif isinstance(event, StepEvent):
       if self._is_last_step:
         raise Interrupted
       # Completions of a step are handed out only after it was observed.

@@ -55,7 +55,7 @@ def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str
   _check_paths(input_path, output_path, error_path)
   with stop_on_signal() as stop:
     model_config, tokenizer = loaders.config(config.model), loaders.tokenizer(config.model)
-    configure_jax(config.engine.compilation_cache_dir)
+    configure_jax()
     device = jax.devices()[0]
     config = dataclasses.replace(config, engine=settle(
         model_config, config.engine, chip_of(device), memory_limit(device)))

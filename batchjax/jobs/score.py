@@ -28,7 +28,7 @@ def score_file(config: JobConfig, input_path: str, output_path: str,
       raise _bad(record, "id", f"id {request.request_id!r} is used by an earlier row: "
                  "make it unique")
     requests[request.request_id] = request
-  configure_jax(config.engine.compilation_cache_dir)
+  configure_jax()
   scores = {s.request_id: s for s in score(
       loaders.model(config.model), requests.values(), config.engine,
       module_class=loaders.module_class)}

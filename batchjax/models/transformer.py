@@ -43,6 +43,12 @@ class Block(nn.Module):
     return x + (norm("post_ffn_norm")(y) if c.post_norms else y), kv_pages
 
 
+@functools.partial(jax.jit, static_argnums=0)
+def _apply_block(block: Block, *arguments: Any) -> tuple[Array, Array]:
+  """Layers of a kind are one function, traced and lowered once; only XLA sees one for each layer."""
+  return block.apply(*arguments)
+
+
 class Transformer(nn.Module):
   """The model of a step.
 
@@ -97,7 +103,9 @@ class Transformer(nn.Module):
       x = x * jnp.asarray(c.embed_scale, x.dtype)
     pages = []
     for layer, kind, kv_pages in zip(self.layers, c.layer_kinds, kv.pages, strict=True):
-      x, kv_pages = layer(x, ropes[kind], kv_pages, inputs.write_slots, schedule)
+      arguments = x, ropes[kind], kv_pages, inputs.write_slots, schedule
+      x, kv_pages = (layer(*arguments) if self.is_initializing()
+                     else _apply_block(Block(c, kind, parent=None), layer.variables, *arguments))
       pages.append(kv_pages)
     x = self.final_norm(x)
     if self.is_initializing():

@@ -1,7 +1,7 @@
 """The few static shapes that a job compiles, solved for from its own histogram of sizes."""
 
 import bisect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from typing import NamedTuple
 
 from jaxtyping import Num
@@ -26,68 +26,86 @@ class Bucket(NamedTuple):
   num_page_indices: int
 
 
+def ladder(size: int, multiple: int) -> int:
+  """The next rung at or above `size`: eight to each power of two, all multiples of `multiple`.
+
+  Jobs that differ little so ask for the same shapes, at no more than an eighth of padding.
+  """
+  step = max(multiple, 1 << max(0, (size - 1).bit_length() - 4))
+  return -(-size // step) * step
+
+
 def solve_buckets(
     sizes: Num[np.ndarray, "n"] | Sequence[int],
     counts: Num[np.ndarray, "n"] | Sequence[float],
     *,
+    candidates: Collection[int],
+    lasts: Collection[int],
     max_buckets: int,
-    limit: int,
     step_cost_fn: Callable[[int], float],
-    compile_cost: float,
-    multiple: int = 1,
-) -> tuple[int, ...]:
+    compile_cost_fn: Callable[[int], float],
+) -> tuple[float, tuple[int, ...]]:
   """The bucket sizes that minimise padded work plus compile time, exactly.
 
-  Minimises sum_i counts[i] * step_cost_fn(bucket of sizes[i]) + compile_cost *
-  number of buckets, by a dynamic program over the distinct rounded sizes:
-  O(max_buckets * sizes^2) in numpy. Ties take fewer buckets. The last bucket
-  is always `limit`, so a size that the histogram missed still has a bucket.
+  Minimises sum_i counts[i] * step_cost_fn(bucket of sizes[i]) + the sum of compile_cost_fn
+  over the buckets, by a dynamic program over the candidates: O(max_buckets *
+  candidates^2) in numpy. Ties take fewer buckets. A step larger than the last
+  bucket is cut into several that fill it.
 
   Args:
-    sizes: how large steps are expected to be, each from 1 to `limit`.
+    sizes: how large steps are expected to be, at least 1, at most the largest candidate.
     counts: how often, in the same order; fractions are welcome.
+    candidates: sizes that buckets may have.
+    lasts: those of them that may be the last bucket.
     max_buckets: most buckets, at least 1.
-    limit: the largest size that can occur.
     step_cost_fn: seconds of a step of that size; must not fall with size.
-    compile_cost: seconds that one bucket costs to compile.
-    multiple: buckets are multiples of this, except for `limit`.
+    compile_cost_fn: seconds until a bucket of that size can run.
 
   Returns:
-    Ascending bucket sizes, `limit` last.
+    The minimum, and ascending bucket sizes.
 
   Raises:
-    ValueError: a size lies outside 1 to `limit`, or max_buckets is below 1.
+    ValueError: a size is larger than all candidates, a size or max_buckets is below 1, or no
+      candidate may be the last.
   """
   sizes = np.asarray(sizes)
   if max_buckets < 1:
     raise ValueError(f"max_buckets must be at least 1, got {max_buckets}")
-  if len(sizes) and not (1 <= sizes.min() and sizes.max() <= limit):
-    raise ValueError(f"sizes lie in [{sizes.min()}, {sizes.max()}], outside [1, {limit}]: "
-                     "raise the limit or split the step")
-  padded = np.minimum(-(-sizes // multiple) * multiple, limit).astype(np.int64)
-  buckets, index = np.unique(np.append(padded, limit), return_inverse=True)
-  weight = np.bincount(index[:-1], counts, len(buckets)).astype(float)
+  buckets = np.unique(np.array(list(candidates), np.int64))
+  if len(sizes) and not (1 <= sizes.min() and sizes.max() <= buckets[-1]):
+    raise ValueError(f"sizes lie in [{sizes.min()}, {sizes.max()}], outside [1, {buckets[-1]}]")
+  may_be_last = np.isin(buckets, list(lasts))
+  if not may_be_last.any():
+    raise ValueError(f"none of the candidates {buckets.tolist()} is in lasts={sorted(lasts)}")
+  weight = np.bincount(np.searchsorted(buckets, sizes), counts, len(buckets)).astype(float)
   before = np.append(0.0, np.cumsum(weight))
   step_costs = [step_cost_fn(int(size)) for size in buckets]
+  compile_costs = [compile_cost_fn(int(size)) for size in buckets]
+  # rest[i - 1]: cost of all that is larger than candidate i, cut to it.
+  rest = np.array([cost * (weight[i:] * -(-buckets[i:] // buckets[i - 1])).sum()
+                   for i, cost in enumerate(step_costs, start=1)])
 
   # best[i]: least cost of everything in the first i candidates, the last of them a bucket.
   best = np.append(0.0, np.full(len(buckets), np.inf))
-  choices, totals = [], []
+  choices, totals, ends = [], [], []
   for _ in range(min(max_buckets, len(buckets))):
     grown = np.full(len(buckets) + 1, np.inf)
     choice = np.zeros(len(buckets) + 1, np.int64)
     for i, step_cost in enumerate(step_costs, start=1):
       costs = best[:i] + step_cost * (before[i] - before[:i])
       choice[i] = costs.argmin()
-      grown[i] = costs[choice[i]]
+      grown[i] = costs[choice[i]] + compile_costs[i - 1]
     best = grown
     choices.append(choice)
-    totals.append(best[-1] + compile_cost * len(choices))
-  chosen, end = [], len(buckets)
-  for choice in choices[:int(np.argmin(totals)) + 1][::-1]:
+    complete = np.where(may_be_last, best[1:] + rest, np.inf)
+    ends.append(int(np.argmin(complete)) + 1)
+    totals.append(complete[ends[-1] - 1])
+  num = int(np.argmin(totals))
+  chosen, end = [], ends[num]
+  for choice in choices[:num + 1][::-1]:
     chosen.append(int(buckets[end - 1]))
     end = choice[end]
-  return tuple(chosen[::-1])
+  return float(totals[num]), tuple(chosen[::-1])
 
 
 def pick(buckets: Sequence[int], size: int) -> int:

@@ -17,8 +17,8 @@ _LOGITS_COPIES = 3
 _DEFAULT_KV_BYTES = 1 << 30
 # Part of an accelerator's memory that JAX gets; the rest is the driver's and its libraries'.
 DEVICE_SHARE = 0.95
-# An automatic pool has a multiple of this many pages: else a few bytes more in use somewhere would
-# change every compiled shape, and the persistent cache be of no use.
+# An automatic pool has a multiple of this many pages, and of a 64th of the next power of two: else a
+# few bytes more in use somewhere would change every shape, and none that was compiled before be of use.
 _PAGE_MULTIPLE = 32
 # Part of that which an automatic pool leaves alone: what the estimate does not see, and the
 # allocator's own losses.
@@ -85,7 +85,7 @@ def settle(model: ModelConfig, engine: EngineConfig, chip: Chip,
   needed = estimate_memory(model, dataclasses.replace(engine, num_pages=1))
   left = int(device_bytes * (1 - _SLACK)) - needed.total_bytes
   num_pages = left // _page_bytes(model, engine)
-  num_pages -= num_pages % _PAGE_MULTIPLE
+  num_pages -= num_pages % max(_PAGE_MULTIPLE, 1 << max(0, num_pages.bit_length() - 6))
   if num_pages <= 0:
     gib = lambda num_bytes: f"{num_bytes / 2**30:.2f} GiB"
     raise ConfigError(

@@ -2,8 +2,10 @@
 
 import collections
 import dataclasses
+import functools
 import math
-from collections.abc import Sequence
+import sys
+from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +27,8 @@ _MAX_DISPATCHES = 300
 _GOLDEN_RATIO = 0.6180339887498949
 # Sizes are rounded up to this before buckets are chosen among them.
 _TOKEN_MULTIPLE, _ROW_MULTIPLE = 64, 8
+# Loading a compiled shape, beside what compiling it costs.
+_READ_SHARE = 0.05
 
 
 @dataclasses.dataclass(frozen=True)
@@ -33,6 +37,8 @@ class Prediction:
 
   Attributes:
     secs: by the roofline of the chip, attention after the products, padding included.
+    ladder_secs: the part of it that shapes cut to this job alone would spare; compiling those is not
+      counted.
     num_mixed, num_decode: dispatches of each kind.
     padding_waste: part of the launched tokens that is padding.
     peak_pages: most pages in use.
@@ -40,6 +46,7 @@ class Prediction:
   """
 
   secs: float
+  ladder_secs: float
   num_mixed: int
   num_decode: int
   padding_waste: float
@@ -83,9 +90,17 @@ def pick_bucket(buckets: Sequence[Bucket], kind: str, num_tokens: int) -> Bucket
   return next(bucket for bucket in same if bucket.num_tokens == size)
 
 
+def _padded(buckets: Sequence[Bucket], kind: str, num_tokens: int) -> int:
+  """Tokens launched for a step, or for the steps that it is cut into."""
+  largest = max(bucket.num_tokens for bucket in buckets if bucket.kind == kind)
+  whole = num_tokens // largest * largest
+  return whole + (pick_bucket(buckets, kind, num_tokens - whole).num_tokens
+                  if num_tokens > whole else 0)
+
+
 def make_plan(model: ModelConfig, requests: Sequence[Request], engine: EngineConfig, chip: Chip, *,
-              buckets: tuple[Bucket, ...] | None = None, is_only_window: bool = True,
-              stop_table: StopTable | None = None) -> Plan:
+              buckets: tuple[Bucket, ...] | None = None, available: Collection[tuple[Bucket, int]] = (),
+              is_only_window: bool = True, stop_table: StopTable | None = None) -> Plan:
   """Plans a window: the tree of shared prefixes, its order, and the shapes to compile.
 
   Args:
@@ -94,6 +109,8 @@ def make_plan(model: ModelConfig, requests: Sequence[Request], engine: EngineCon
     engine: limits.
     chip: whose roofline weighs padding against compiling.
     buckets: those of an earlier window, whose shapes are compiled already.
+    available: shapes that an earlier job left compiled, each with the slots of its state; they cost
+      no compiling.
     is_only_window: no other window follows, so shapes may be cut to this one.
     stop_table: stop automata, if any request has stop strings.
   """
@@ -130,17 +147,17 @@ def make_plan(model: ModelConfig, requests: Sequence[Request], engine: EngineCon
     # The simulation is the job: where the pool holds fewer rows, no step need be wider.
     most = max(shape.num_slots for shape in shapes)
     max_rows = min(max_rows, -(-most // _ROW_MULTIPLE) * _ROW_MULTIPLE)
-  num_shared = max_rows * engine.max_levels
-  if is_only_window:
-    num_shared = min(num_shared, int((tree.num_rows[1:] > 1).sum()))
+  num_shared = int((tree.num_rows[1:] > 1).sum()) if is_only_window else sys.maxsize
   drawn = sum(r.sampling_params.max_tokens * r.sampling_params.n for r in likely)
   scale = _scale(shapes, plan.totals.prompt_tokens_planned, drawn)
-  # Segments cost next to nothing; a power of two lets a resumed job find its compiled shapes.
-  num_segments = 1 << (max_rows + num_shared - 1).bit_length()
-  buckets = _solve(model, chip, engine, shapes, scale, max_rows, max_tokens_mixed, num_segments,
-                   num_pages)
-  return dataclasses.replace(plan, buckets=buckets,
-                             prediction=_predict(model, chip, shapes, scale, buckets))
+  step_secs = {kind: _step_secs(model, chip, shapes, kind) for kind in scale}
+  solve = functools.partial(_solve, engine, shapes, scale, step_secs, max_tokens_mixed,
+                            is_only_window)
+  states = _states(max_rows, num_shared, num_pages, engine, available)
+  _, buckets = min((solve(state, available) for state in states), key=lambda solution: solution[0])
+  _, cut_buckets = solve(Bucket("mixed", 0, max_rows, 0, num_pages), None)
+  return dataclasses.replace(plan, buckets=buckets, prediction=_predict(
+      model, chip, shapes, scale, buckets, cut_buckets))
 
 
 def _with_likely_lengths(requests: Sequence[Request]) -> list[Request]:
@@ -181,38 +198,82 @@ def _scale(shapes: list[simulate.StepShape], prompt_tokens: int,
           "decode": max(1.0, (drawn_tokens - mixed * drawn["mixed"]) / max(drawn["decode"], 1))}
 
 
-def _solve(model: ModelConfig, chip: Chip, engine: EngineConfig, shapes: list[simulate.StepShape],
-           scale: dict[str, float], max_rows: int, max_step_tokens: int, num_segments: int,
-           num_pages: int) -> tuple[Bucket, ...]:
-  buckets = []
-  for kind, limit, multiple in (("mixed", max_step_tokens, _TOKEN_MULTIPLE),
-                                ("decode", max_rows, _ROW_MULTIPLE)):
-    same = [shape for shape in shapes if shape.kind == kind]
-    typical = same[len(same) // 2] if same else None
+def _states(max_rows: int, num_shared: int, num_pages: int, engine: EngineConfig,
+            available: Collection[tuple[Bucket, int]]) -> set[Bucket]:
+  """What all shapes of a job have in common, as buckets without tokens: its own, and those that exist."""
+  segments = lambda rows: rows + min(rows * engine.max_levels, num_shared)
+  rows = buckets_lib.ladder(max_rows, _ROW_MULTIPLE)
+  rows = rows if rows <= engine.max_rows else max_rows
+  # Segments cost next to nothing.
+  own = Bucket("mixed", 0, rows, 1 << (segments(rows) - 1).bit_length(), num_pages)
+  # Fewer rows than asked for: the others wait.
+  return {own} | {b._replace(num_tokens=0) for b, _ in available
+                  if b.kind == "mixed" and b.num_page_indices == num_pages
+                  and b.num_segments >= segments(min(b.num_rows, engine.max_rows))}
+
+
+def _step_secs(model: ModelConfig, chip: Chip, shapes: list[simulate.StepShape],
+               kind: str) -> Callable[[int], float]:
+  """Predicted seconds of a typical step of a kind, by its size."""
+  same = [shape for shape in shapes if shape.kind == kind]
+  if not same:
+    return lambda size: 0.0
+  typical = same[len(same) // 2]
+  return lambda size: typical.secs(model, chip, size) / typical.num_steps
+
+
+def _solve(engine: EngineConfig, shapes: list[simulate.StepShape], scale: dict[str, float],
+           step_secs: dict[str, Callable[[int], float]], max_step_tokens: int, is_whole: bool,
+           state: Bucket, available: Collection[tuple[Bucket, int]] | None
+           ) -> tuple[float, tuple[Bucket, ...]]:
+  """The best shapes over a state of given sizes, and the seconds that they cost.
+
+  `available` None asks for shapes cut to this job alone.
+  """
+  num_rows = state.num_rows
+  total, buckets = 0.0, []
+  for kind, limit, most, multiple in (
+      ("mixed", max(max_step_tokens, num_rows), engine.max_step_tokens, _TOKEN_MULTIPLE),
+      ("decode", num_rows, num_rows, _ROW_MULTIPLE)):
     weights = collections.Counter()
-    for shape in same:
-      weights[shape.num_tokens] += scale[kind] * shape.num_steps
-    step_secs = lambda size: 0.0 if typical is None else (
-        typical.secs(model, chip, size) / typical.num_steps)
-    sizes = buckets_lib.solve_buckets(
-        list(weights), list(weights.values()), max_buckets=engine.max_buckets, limit=limit,
-        step_cost_fn=step_secs, compile_cost=engine.compile_secs, multiple=multiple)
-    buckets += [Bucket(kind, size, max_rows if kind == "mixed" else size,
-                       num_segments, num_pages) for size in sizes]
-  return tuple(buckets)
+    for step in shapes:
+      if step.kind == kind:
+        weights[min(step.num_tokens, limit)] += (
+            scale[kind] * step.num_steps * -(-step.num_tokens // limit))
+    shape = lambda size: state._replace(
+        kind=kind, num_tokens=size, num_rows=num_rows if kind == "mixed" else size)
+    if available is None:
+      rung = lambda size: min(-(-size // multiple) * multiple, limit)
+    else:
+      rung = lambda size: min(buckets_lib.ladder(size, multiple), max(most, limit))
+    known = {b.num_tokens for b, slots in available or ()
+             if (b, slots) == (shape(b.num_tokens), num_rows)}
+    candidates = {rung(size) for size in (*weights, limit)} | known
+    # Larger steps of a job that is known as a whole may be cut to a shape that exists.
+    cut = known if is_whole and kind == "mixed" else ()
+    secs, sizes = buckets_lib.solve_buckets(
+        list(weights), list(weights.values()), candidates=candidates,
+        lasts={size for size in candidates if size >= limit or size in cut and size > num_rows},
+        max_buckets=engine.max_buckets, step_cost_fn=step_secs[kind],
+        compile_cost_fn=lambda size: engine.compile_secs * (_READ_SHARE if size in known else 1.0))
+    total += secs
+    buckets += map(shape, sizes)
+  return total, tuple(buckets)
 
 
 def _predict(model: ModelConfig, chip: Chip, shapes: list[simulate.StepShape],
-             scale: dict[str, float], buckets: Sequence[Bucket]) -> Prediction:
-  sizes = [pick_bucket(buckets, shape.kind, shape.num_tokens).num_tokens for shape in shapes]
+             scale: dict[str, float], buckets: Sequence[Bucket],
+             cut_buckets: Sequence[Bucket]) -> Prediction:
+  sizes_in = lambda buckets: [_padded(buckets, shape.kind, shape.num_tokens) for shape in shapes]
+  secs_of = lambda sizes: sum(scale[shape.kind] * shape.secs(model, chip, size)
+                              for size, shape in zip(sizes, shapes))
+  sizes = sizes_in(buckets)
   launched = sum(size * shape.num_steps for size, shape in zip(sizes, shapes))
   useful = sum(shape.num_tokens * shape.num_steps for shape in shapes)
-  secs, dispatches = collections.Counter(), collections.Counter()
-  for size, shape in zip(sizes, shapes):
-    secs[shape.kind] += shape.secs(model, chip, size)
-    dispatches[shape.kind] += 1
+  dispatches = collections.Counter(shape.kind for shape in shapes)
+  secs = secs_of(sizes)
   return Prediction(
-      secs=sum(scale[kind] * secs[kind] for kind in scale),
+      secs=secs, ladder_secs=secs - secs_of(sizes_in(cut_buckets)),
       num_mixed=round(scale["mixed"] * dispatches["mixed"]),
       num_decode=round(scale["decode"] * dispatches["decode"]),
       padding_waste=1 - useful / max(launched, 1),

@@ -15,7 +15,7 @@ from batchjax.bench import bench, roofline
 from batchjax.bench.workloads import Draw, multi_level, prefix_groups, random, samples
 from batchjax.config import EngineConfig, from_config_dict, JobConfig
 from batchjax.engine.compile import CompileRecord
-from batchjax.generation import StepEvent
+from batchjax.generation import StartEvent, StepEvent
 from batchjax.models import SHAPES
 from batchjax.plan import planner
 from batchjax.plan.batch import Batch, Sample
@@ -139,8 +139,9 @@ def made_up_run(workload, tokens_per_row):
                      SchedulerStats(pages, 0, 0, 0, preempted), drawn, 0.25 * secs, secs)
 
   def generate(model, requests, engine, *, observe, compiler_options):
-    observe(CompileRecord("mixed 64", 3.0, True))
-    observe(CompileRecord("decode 8", 4.0, False))
+    observe(CompileRecord("mixed 64", read_secs=3.0, cached=True))
+    observe(CompileRecord("decode 8", lower_secs=1.5, compile_secs=4.0))
+    observe(StartEvent(1.0, 5.0, 0.5))
     observe(plan)
     observe(event("mixed", 3, 1, 60, 64, 60, 3, 0.5, pages=100))
     observe(event("decode", 3, 4, 3, 8, 0, 12, 0.8, pages=200))
@@ -160,7 +161,9 @@ def test_figures_of_known_events(monkeypatch):
   secs = []
   got = bench.run(Model(CONFIG, {}), workload, ENGINE, on_step=secs.append)
   assert len(secs) == 4 and secs == sorted(secs)
-  assert (got.num_compiled, got.num_cached, got.compile_secs) == (2, 1, 7.0)
+  assert (got.num_compiled, got.num_cached, got.lower_secs, got.read_secs) == (2, 1, 1.5, 3.0)
+  assert (got.plan_secs, got.compile_secs, got.warm_up_secs) == (1.0, 5.0, 0.5)
+  assert got.total_secs == pytest.approx(got.startup_secs + got.elapsed_secs)
   assert got.steps == {"mixed": bench.StepTotals(1, 1, 0.5, None),
                        "decode": bench.StepTotals(3, 10, 10.0, None)}
   assert got.prompt_tokens_asked == got.prompt_tokens_optimal == 30

@@ -21,7 +21,8 @@ from batchjax.weights import Model
 from batchjax.weights.random import random_params
 
 NUM_PAGES, PAGE_SIZE, MAX_ROWS = 3000, 4, 4
-ENGINE = EngineConfig(page_size=PAGE_SIZE, num_pages=NUM_PAGES, max_rows=MAX_ROWS)
+ENGINE = EngineConfig(page_size=PAGE_SIZE, num_pages=NUM_PAGES, max_rows=MAX_ROWS,
+                      max_decode_steps=3, compilation_cache_dir="")
 MIXED = Bucket("mixed", 8, MAX_ROWS, 6, 16)
 DECODE = Bucket("decode", MAX_ROWS, MAX_ROWS, 6, 16)
 
@@ -34,11 +35,10 @@ def tiny_model() -> Model:
 
 def compiled(model, module_class, buckets, features=SamplingFeatures()):
   state = compile_lib.make_state_fn(model.config, ENGINE, NUM_PAGES, MAX_ROWS, features)()
-  table = SamplingTable(MAX_ROWS, features, ())
-  steps = compile_lib.compile_steps(
-      module_class(model.config, PAGE_SIZE), model.params, state, buckets, features, table, None,
-      max_decode_steps=3, max_len=32)
-  return steps, state
+  compiler = compile_lib.StepCompiler(
+      module_class(model.config, PAGE_SIZE), model.params, features, None, model.config, ENGINE,
+      jax.devices()[0])
+  return compiler.compile(state, buckets), state
 
 
 @pytest.mark.parametrize("bucket", [MIXED, DECODE], ids=lambda bucket: bucket.kind)

@@ -23,7 +23,7 @@ def test_features_hold_what_is_used_and_nothing_else():
   assert SamplingFeatures.of([GREEDY], EOS) == SamplingFeatures(greedy_only=True, any_greedy=True)
   assert SamplingFeatures.of([RICH], EOS) == SamplingFeatures(
     greedy_only=False, any_greedy=False, max_top_k=64, top_p=True, min_p=True, penalties=True,
-    num_bias=2, min_tokens=True, num_stop_ids=3, stop_strings=True, logprobs=True,
+    num_bias=2, min_tokens=True, num_stop_ids=4, stop_strings=True, logprobs=True,
     num_top_logprobs=4, prompt_logprobs=True)
 
 
@@ -44,7 +44,7 @@ def test_union_serves_both():
   together = SamplingFeatures.of(rows, EOS)
   plain, others = SamplingFeatures.of([PLAIN], EOS), SamplingFeatures.of([GREEDY, RICH], EOS)
   assert together == plain.union(others) == others.union(plain)
-  assert not together.greedy_only and together.any_greedy and together.num_stop_ids == 3
+  assert not together.greedy_only and together.any_greedy and together.num_stop_ids == 4
   assert hash(together) == hash(SamplingFeatures.of(reversed(rows), EOS))
 
 
@@ -53,7 +53,7 @@ def test_pack_pads_with_harmless_rows():
                          STOP_TABLE, num_rows=4)
   np.testing.assert_array_equal(packed.bias_ids, [[3, 4], [-1, -1], [-1, -1], [-1, -1]])
   np.testing.assert_array_equal(packed.bias_values, [[1.5, -2], [0, 0], [0, 0], [0, 0]])
-  np.testing.assert_array_equal(packed.stop_ids, [[2, 7, 11], [-1] * 3, [-1] * 3, [-1] * 3])
+  np.testing.assert_array_equal(packed.stop_ids, [[2, 7, 11, -1], [-1] * 4, [-1] * 4, [-1] * 4])
   np.testing.assert_array_equal(packed.automaton, [1, -1, -1, -1])
   np.testing.assert_array_equal(packed.sample_index, [3, 0, 0, 0])
   np.testing.assert_array_equal(packed.temperature, np.float32([0.5, 0, 0, 0]))

@@ -55,15 +55,15 @@ def test_requests_that_never_fit_are_named():
 @pytest.mark.parametrize("is_only", [True, False])
 def test_buckets_ascend_to_the_limit(is_only):
   plan = planner.make_plan(CONFIG, window(4), ENGINE, CPU, is_only_window=is_only)
-  for kind, limit in (("mixed", 30 + 4 * 10 + 4 if is_only else 256),
-                      ("decode", 4 if is_only else 16)):
+  # The rungs of the ladder above 30 + 4 * 10 + 4 tokens and 4 rows.
+  for kind, limit in (("mixed", 128 if is_only else 256), ("decode", 8 if is_only else 16)):
     sizes = [bucket.num_tokens for bucket in plan.buckets if bucket.kind == kind]
     assert sizes == sorted(set(sizes)) and sizes[-1] == limit
     assert 1 <= len(sizes) <= ENGINE.max_buckets
   for bucket in plan.buckets:
     assert bucket.num_page_indices == plan.num_pages
     assert bucket.num_rows == (bucket.num_tokens if bucket.kind == "decode" else
-                               4 if is_only else 16)
+                               8 if is_only else 16)
 
 
 @pytest.mark.parametrize("ignore_eos", [True, False])
@@ -82,9 +82,47 @@ def test_buckets_of_an_earlier_window_are_kept():
   assert plan.buckets == buckets and plan.prediction is None
 
 
+def available(plan):
+  """What a job of this plan leaves compiled."""
+  slots = max(bucket.num_rows for bucket in plan.buckets)
+  return {(bucket, slots) for bucket in plan.buckets}
+
+
+DEAR = dataclasses.replace(ENGINE, compile_secs=1e6)
+
+
+@pytest.mark.parametrize("num, own_len", [(20, 10), (16, 12), (24, 8), (20, 3)])
+def test_like_jobs_take_up_what_an_earlier_one_compiled(num, own_len):
+  first = planner.make_plan(CONFIG, window(), DEAR, CPU)
+  again = planner.make_plan(CONFIG, window(num, own_len=own_len), DEAR, CPU,
+                            available=available(first))
+  assert set(again.buckets) <= set(first.buckets)
+  assert again.prediction.secs > 0
+
+
+def test_shapes_that_fit_badly_are_compiled_anew_where_that_is_cheap():
+  wide = dataclasses.replace(ENGINE, max_step_tokens=2048)
+  large = planner.make_plan(CONFIG, window(100), wide, CPU)
+  small = planner.make_plan(CONFIG, window(3), wide, CPU, available=available(large))
+  assert not set(small.buckets) & set(large.buckets)
+
+
+def test_shapes_of_another_pool_or_with_too_few_segments_are_no_use():
+  first = planner.make_plan(CONFIG, window(), DEAR, CPU)
+  for other in ({(b._replace(num_page_indices=400), slots) for b, slots in available(first)},
+                {(b._replace(num_segments=2), slots) for b, slots in available(first)},
+                {(b, slots + 1) for b, slots in available(first)}):
+    plan = planner.make_plan(CONFIG, window(), DEAR, CPU, available=other)
+    assert plan.buckets == first.buckets
+
+
+def test_the_ladder_says_what_it_costs():
+  prediction = planner.make_plan(CONFIG, window(4), ENGINE, CPU).prediction
+  assert 0 < prediction.ladder_secs < prediction.secs
+
+
 def test_dear_compiles_mean_few_buckets():
-  dear = dataclasses.replace(ENGINE, compile_secs=1e6)
-  assert len(planner.make_plan(CONFIG, window(), dear, CPU).buckets) == 2
+  assert len(planner.make_plan(CONFIG, window(), DEAR, CPU).buckets) == 2
   assert len(planner.make_plan(CONFIG, window(), ENGINE, CPU).buckets) > 2
 
 
