@@ -6,6 +6,7 @@ from batchjax.engine.pack import pack
 from batchjax.engine.sampling import sample
 from batchjax.engine.sampling_inputs import SamplingFeatures
 from batchjax.engine.step import decode_loop, mixed_step
+from batchjax.engine.step_cache import compiled_steps
 from batchjax.generation import generate
 from batchjax.jobs.run import run
 from batchjax.models import Transformer

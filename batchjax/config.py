@@ -133,6 +133,7 @@ class EngineConfig:
     share_prefixes: False computes and stores every prompt by itself.
     max_buckets: most compiled shapes of mixed steps, and of decode loops.
     compile_secs: what one more compiled shape is taken to cost.
+    first_compile_secs: what compiling any is taken to cost beside that, where shapes compile side by side.
     plan_window: requests planned at a time; bounds host memory.
     attention: implementation of shared_prefix_attention; None picks by device.
     compilation_cache_dir: folder that keeps compiled steps for later processes; "" keeps none.
@@ -151,6 +152,7 @@ class EngineConfig:
   share_prefixes: bool = True
   max_buckets: int = 4
   compile_secs: float = 10.0
+  first_compile_secs: float = 0.0
   plan_window: int = 100_000
   attention: str | None = None
   compilation_cache_dir: str = "~/.cache/batchjax"

@@ -24,7 +24,10 @@ COMPILER_OPTIONS = {
     # A decode loop becomes one CUDA graph, its condition read on the device: with XLA's own choice
     # the host reads it after every step, and whoever dispatched the loop waits until it ends.
     "gpu": {"xla_gpu_enable_command_buffer":
-            "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL"},
+            "FUSION,CUBLAS,CUBLASLT,CUSTOM_CALL,CUDNN,DYNAMIC_SLICE_FUSION,WHILE,CONDITIONAL",
+            # Products by cuBLAS alone: trying out Triton's takes seconds of every compile, and on an H100
+            # steps were slower with what it chose.
+            "xla_gpu_enable_triton_gemm": False},
     # 16-bit arrays stay in tiles of 8 by 128, as arguments come. On tpu7x XLA prefers 16 by 128 in
     # loops, and a decode loop would hold a second copy of all weights.
     "tpu": {"xla_tpu_control_large_2nd_minor_layout_for_x16": False}}

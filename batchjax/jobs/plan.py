@@ -82,7 +82,8 @@ def to_text(plan: dict[str, Any]) -> str:
         f"{' for the first window' if plan['windows'] > 1 else ''}: "
         f"{first['predicted_mixed_steps']:,} mixed steps, "
         f"{first['predicted_decode_loops']:,} decode loops, "
-        f"{first['predicted_padding_waste']:.1%} padding, "
+        f"{first['predicted_padding_waste']:.1%} padding "
+        f"({first['predicted_ladder_secs']:,} s for shapes that like jobs share), "
         f"{first['predicted_peak_pages']:,} of {first['num_pages']:,} pages")
   lines.append(f"host      read in {plan['read_secs']} s, planned in {plan['plan_secs']} s, "
                f"peak memory {plan['peak_host_bytes'] / 2**30:.2f} GiB")

@@ -154,7 +154,8 @@ def make_plan(model: ModelConfig, requests: Sequence[Request], engine: EngineCon
   solve = functools.partial(_solve, engine, shapes, scale, step_secs, max_tokens_mixed,
                             is_only_window)
   states = _states(max_rows, num_shared, num_pages, engine, available)
-  _, buckets = min((solve(state, available) for state in states), key=lambda solution: solution[0])
+  _, buckets = min((solve(state, available, may_compile) for state in states
+                    for may_compile in (False, True)), key=lambda solution: solution[0])
   _, cut_buckets = solve(Bucket("mixed", 0, max_rows, 0, num_pages), None)
   return dataclasses.replace(plan, buckets=buckets, prediction=_predict(
       model, chip, shapes, scale, buckets, cut_buckets))
@@ -224,14 +225,16 @@ def _step_secs(model: ModelConfig, chip: Chip, shapes: list[simulate.StepShape],
 
 def _solve(engine: EngineConfig, shapes: list[simulate.StepShape], scale: dict[str, float],
            step_secs: dict[str, Callable[[int], float]], max_step_tokens: int, is_whole: bool,
-           state: Bucket, available: Collection[tuple[Bucket, int]] | None
+           state: Bucket, available: Collection[tuple[Bucket, int]] | None, may_compile: bool = True
            ) -> tuple[float, tuple[Bucket, ...]]:
   """The best shapes over a state of given sizes, and the seconds that they cost.
 
-  `available` None asks for shapes cut to this job alone.
+  `available` None asks for shapes cut to this job alone. Where nothing may be compiled, the cost
+  is infinite unless those that are available do.
   """
   num_rows = state.num_rows
-  total, buckets = 0.0, []
+  total, buckets = engine.first_compile_secs if may_compile else 0.0, []
+  compile_secs = engine.compile_secs if may_compile else math.inf
   for kind, limit, most, multiple in (
       ("mixed", max(max_step_tokens, num_rows), engine.max_step_tokens, _TOKEN_MULTIPLE),
       ("decode", num_rows, num_rows, _ROW_MULTIPLE)):
@@ -255,7 +258,8 @@ def _solve(engine: EngineConfig, shapes: list[simulate.StepShape], scale: dict[s
         list(weights), list(weights.values()), candidates=candidates,
         lasts={size for size in candidates if size >= limit or size in cut and size > num_rows},
         max_buckets=engine.max_buckets, step_cost_fn=step_secs[kind],
-        compile_cost_fn=lambda size: engine.compile_secs * (_READ_SHARE if size in known else 1.0))
+        compile_cost_fn=lambda size: (_READ_SHARE * engine.compile_secs if size in known
+                                      else compile_secs))
     total += secs
     buckets += map(shape, sizes)
   return total, tuple(buckets)

@@ -37,6 +37,7 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
   }
   if prediction is not None:
     summary |= {"predicted_secs": round(prediction.secs, 3),
+                "predicted_ladder_secs": round(prediction.ladder_secs, 3),
                 "predicted_padding_waste": round(prediction.padding_waste, 4),
                 "predicted_mixed_steps": prediction.num_mixed,
                 "predicted_decode_loops": prediction.num_decode,

@@ -100,11 +100,16 @@ def test_like_jobs_take_up_what_an_earlier_one_compiled(num, own_len):
   assert again.prediction.secs > 0
 
 
-def test_shapes_that_fit_badly_are_compiled_anew_where_that_is_cheap():
+def test_shapes_that_fit_badly_are_taken_only_where_compiling_is_dear():
   wide = dataclasses.replace(ENGINE, max_step_tokens=2048)
-  large = planner.make_plan(CONFIG, window(100), wide, CPU)
-  small = planner.make_plan(CONFIG, window(3), wide, CPU, available=available(large))
-  assert not set(small.buckets) & set(large.buckets)
+  large = planner.make_plan(CONFIG, window(100), dataclasses.replace(wide, compile_secs=1e6), CPU)
+  small = lambda **secs: [bucket.num_tokens for bucket in planner.make_plan(
+      CONFIG, window(3), dataclasses.replace(wide, **secs), CPU, available=available(large)).buckets
+                          if bucket.kind == "mixed"]
+  assert small() == [64]
+  large_sizes = [bucket.num_tokens for bucket in large.buckets if bucket.kind == "mixed"]
+  assert large_sizes[0] > 64
+  assert small(compile_secs=60.0) == small(first_compile_secs=60.0) == large_sizes
 
 
 def test_shapes_of_another_pool_or_with_too_few_segments_are_no_use():
