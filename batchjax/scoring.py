@@ -8,8 +8,8 @@ import numpy as np
 
 from batchjax.config import EngineConfig
 from batchjax.generation import generate
-from batchjax.types import Request, SamplingParams
-from batchjax.weights import Model
+from batchjax.types import NOT_FINITE, Request, SamplingParams
+from batchjax.weights import Model, WeightError
 
 _PARAMS = SamplingParams(temperature=0.0, max_tokens=0, prompt_logprobs=True, top_logprobs=1)
 
@@ -64,6 +64,7 @@ def score(model: Model, requests: Iterable[ScoreRequest],
 
   Raises:
     ValueError: a prompt or a continuation is empty.
+    WeightError: the model's logits for a request are not finite.
   """
   pending: dict[str, ScoreRequest] = {}
 
@@ -78,6 +79,8 @@ def score(model: Model, requests: Iterable[ScoreRequest],
 
   for completion in generate(model, as_requests(), engine, **options):
     request = pending.pop(completion.request_id)
+    if completion.choices[0].finish_reason == "error":
+      raise WeightError(f"request {request.request_id!r}: {NOT_FINITE}")
     first = len(request.prompt_token_ids)
     yield Score(request.request_id, completion.prompt_logprobs[first:],
                 completion.prompt_top_token_ids[first:, 0] == request.continuation_token_ids)

@@ -19,7 +19,7 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 
-FinishReason = Literal["stop", "length"]
+FinishReason = Literal["stop", "length", "error"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -144,7 +144,8 @@ class Choice:
   Attributes:
     index: which of the request's n samples.
     token_ids: i32[len]; a stop token that ended the sample is not included.
-    finish_reason: "stop" (a stop token or string) or "length".
+    finish_reason: "stop" (a stop token or string), "length", or "error": the model gave logits
+      (or log-probabilities of the prompt) that are not finite; the tokens before them are here.
     logprobs: f32[len], or None when not asked for.
     top_token_ids: i32[len, top_logprobs], most likely first, or None.
     top_logprobs: f32[len, top_logprobs], or None.
@@ -156,6 +157,11 @@ class Choice:
   logprobs: np.ndarray | None = None
   top_token_ids: np.ndarray | None = None
   top_logprobs: np.ndarray | None = None
+
+
+# What to say of a request with a choice that ended as "error".
+NOT_FINITE = ("the model gives logits that are NaN or infinite: check its weights, or load it in a "
+              "wider dtype (model.dtype='bfloat16' or 'float32')")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -290,7 +296,7 @@ class StepOutputs(NamedTuple):
 
   Attributes:
     tokens: i32[steps, R]; -1 where the row drew nothing.
-    finish: i8[steps, R]; 0 goes on, 1 stop token, 2 stop string, 3 length.
+    finish: i8[steps, R]; 0 goes on, 1 stop token, 2 stop string, 3 length, 4 logits not finite.
     logprobs: f32[steps, R], of the model's distribution before temperature and masks; None if unused.
     top_token_ids: i32[steps, R, top]; None if unused.
     top_logprobs: f32[steps, R, top]; None if unused.

@@ -72,6 +72,29 @@ def test_a_transformer_equals_the_oracle_token_for_token(change, llama, oracle):
     assert_same(got[request_id], want, atol=1e-3)
 
 
+def test_a_row_whose_logits_are_nan_ends_and_spoils_no_other(llama, oracle):
+  counts = collections.Counter(t for r in REQUESTS for t in set(r.prompt_token_ids.tolist()))
+  token = next(t for t, count in counts.items() if count in (2, 3))  # one that few prompts hold
+  params = jax.tree.map(lambda x: x, llama.params)
+  table = params["params"]["embed"]["embedding"]
+  params["params"]["embed"]["embedding"] = table.at[token].set(jnp.nan)
+  got = {c.request_id: c for c in generate(Model(llama.config, params), REQUESTS, ENGINE)}
+  num_errors = 0
+  for request in REQUESTS:
+    for choice, want in zip(got[request.request_id].choices, oracle[request.request_id].choices):
+      if token in request.prompt_token_ids:
+        assert choice.finish_reason == "error" and not len(choice.token_ids)
+      elif token in want.token_ids[:-1]:  # as far as its own token
+        num_kept = 1 + want.token_ids.tolist().index(token)
+        assert choice.finish_reason == "error"
+        assert choice.token_ids.tolist() == want.token_ids[:num_kept].tolist()
+      else:
+        assert choice.finish_reason == want.finish_reason
+        assert choice.token_ids.tolist() == want.token_ids.tolist()
+      num_errors += choice.finish_reason == "error"
+  assert num_errors >= 2
+
+
 def greedy(num=8, **params):
   return make_requests([SamplingParams(temperature=0.0, **params)], num)
 

@@ -1,12 +1,14 @@
 """Scores of continuations on the fake model, whose log-probabilities are known exactly."""
 
+import functools
+
 import numpy as np
 import pytest
 
 from batchjax.config import EngineConfig
 from batchjax.scoring import ScoreRequest, score
 from batchjax.testing.fake_model import FakeModel, fake_config, fake_logits
-from batchjax.weights import Model
+from batchjax.weights import Model, WeightError
 
 MODEL = Model(fake_config(eos=(0,)), {})
 ENGINE = EngineConfig(max_rows=4, max_step_tokens=32, page_size=4, num_pages=64, max_buckets=1,
@@ -61,6 +63,16 @@ def test_an_empty_part_is_named(prompt, continuation, field):
   request = ScoreRequest("q", np.array(prompt, np.int32), np.array(continuation, np.int32))
   with pytest.raises(ValueError, match=f"request 'q': {field} is empty"):
     run([request])
+
+
+def test_a_model_that_gives_nan_is_an_error_that_names_the_request():
+  prompt, continuation = np.array([3, 4, 5], np.int32), np.array([6, 7], np.int32)
+  is_nan = lambda every: np.isnan(
+      [fake_logits([3, 4, 5, 6, 7][:i], 97, every)[0:97].max() for i in range(1, 5)]).any()
+  every = next(n for n in range(2, 50) if is_nan(n))
+  with pytest.raises(WeightError, match="request 'q': the model gives logits that are NaN"):
+    list(score(MODEL, [ScoreRequest("q", prompt, continuation)], ENGINE,
+               module_class=functools.partial(FakeModel, nan_every=every)))
 
 
 def test_nothing_to_score():

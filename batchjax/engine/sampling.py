@@ -25,6 +25,8 @@ _FAN_OUT = 16
 _MIN_EXPONENT = -60.0
 # The reciprocals of smaller numbers overflow; rows this cold are greedy but for exact ties.
 _MIN_TEMPERATURE = 1e-30
+# Stands for NaN and infinity, which no later step has to mind; no model gives it.
+_LIMIT = float(jnp.finfo(jnp.float32).max)
 # Up to here the k-th largest weight comes from lax.top_k, above from a search over its bits.
 _MAX_SELECT = 1024
 
@@ -42,8 +44,7 @@ class PenaltyState:
   prompt_seen: Bool[Array, "rows V"]
 
   @classmethod
-  def create(cls, max_rows: int, vocab_size: int, features: SamplingFeatures
-             ) -> "PenaltyState | None":
+  def create(cls, max_rows: int, vocab_size: int, features: SamplingFeatures) -> "PenaltyState | None":
     """Empty slots, or None when the job has no penalties."""
     if not features.penalties:
       return None
@@ -60,10 +61,8 @@ def admit(state: PenaltyState, slot: Int[Array, ""], prompt_tokens: Int[Array, "
     prompt_tokens, output_tokens: padded with -1.
   """
   max_rows, vocab_size = state.output_counts.shape
-  counts = jnp.zeros(vocab_size, jnp.int32).at[_drop_null(output_tokens, vocab_size)].add(
-    1, mode="drop")
-  seen = jnp.zeros(vocab_size, bool).at[_drop_null(prompt_tokens, vocab_size)].set(
-    True, mode="drop")
+  counts = jnp.zeros(vocab_size, jnp.int32).at[_drop_null(output_tokens, vocab_size)].add(1, mode="drop")
+  seen = jnp.zeros(vocab_size, bool).at[_drop_null(prompt_tokens, vocab_size)].set(True, mode="drop")
   slot = _drop_null(slot, max_rows)
   return PenaltyState(output_counts=state.output_counts.at[slot].set(counts, mode="drop"),
                       prompt_seen=state.prompt_seen.at[slot].set(seen, mode="drop"))
@@ -79,8 +78,8 @@ def count(state: PenaltyState, slots: Int[Array, "R"], tokens: Int[Array, "R"]) 
 def sample(logits: Float[Array, "R V"], inputs: SamplingInputs, positions: Int[Array, "R"],
            num_generated: Int[Array, "R"], features: SamplingFeatures,
            penalties: PenaltyState | None = None, slots: Int[Array, "R"] | None = None
-           ) -> Int[Array, "R"]:
-  """The next token of each row.
+           ) -> tuple[Int[Array, "R"], Bool[Array, "R"]]:
+  """The next token of each row, and whether its logits are such that a token can be drawn.
 
   In this order, which is that of vLLM and Hugging Face:
     1. `logit_bias` is added;
@@ -91,7 +90,8 @@ def sample(logits: Float[Array, "R V"], inputs: SamplingInputs, positions: Int[A
     6. `min_p`, then `top_k`, then `top_p` of what these two left;
     7. a draw keyed by (seed, sample index, position).
   Truncation keeps all tokens that tie in probability with the last one kept.
-  NaN logits count as impossible; when every token is impossible, all are equal.
+  A logit of -inf makes a token impossible. NaN or +inf anywhere, or -inf everywhere, makes a
+  row one that cannot be drawn from: its token means nothing.
   Tokens e**-60 times as likely as the most likely one are never drawn.
 
   Args:
@@ -107,23 +107,26 @@ def sample(logits: Float[Array, "R V"], inputs: SamplingInputs, positions: Int[A
   """
   logits = _adjust(logits.astype(jnp.float32), inputs, num_generated, features, penalties, slots)
   if features.greedy_only:
-    return _argmax(logits)
-  tokens = _draw(logits, inputs, positions, features)
-  if not features.any_greedy:
-    return tokens
-  return jnp.where(inputs.temperature == 0, _argmax(logits), tokens)
+    tokens, highest = _argmax(logits)
+    return tokens, _is_finite(highest)
+  highest = logits.max(axis=1)
+  tokens = _draw(logits, highest, inputs, positions, features)
+  if features.any_greedy:
+    tokens = jnp.where(inputs.temperature == 0, _argmax(logits)[0], tokens)
+  return tokens, _is_finite(highest)
 
 
-def finish_reasons(tokens: Int[Array, "R"], num_generated: Int[Array, "R"],
-                   inputs: SamplingInputs, stop_states: Int[Array, "R"] | None
-                   ) -> Int[Array, "R"]:
-  """Why each row ends with its new token: i8, 0 goes on, 1 stop token, 2 stop string, 3 length.
+def finish_reasons(tokens: Int[Array, "R"], is_finite: Bool[Array, "R"],
+                   num_generated: Int[Array, "R"], inputs: SamplingInputs,
+                   stop_states: Int[Array, "R"] | None) -> Int[Array, "R"]:
+  """Why each row ends: i8, 0 goes on, 1 stop token, 2 stop string, 3 length, 4 not finite.
 
-  Where several hold, the lower number is the reason. A row ends at a stop
+  Where several hold, 4 is the reason, else the lowest. A row ends at a stop
   token or string only with more than `min_tokens` tokens: strings completed
   earlier are ignored, and matching starts afresh behind them.
 
   Args:
+    is_finite: from `sample`.
     num_generated: tokens of the row, this one included.
     stop_states: from `advance_stop`; None when the job has no stop strings.
   """
@@ -132,7 +135,8 @@ def finish_reasons(tokens: Int[Array, "R"], num_generated: Int[Array, "R"],
   reasons = jnp.where(num_generated >= inputs.max_tokens, 3, 0)
   if stop_states is not None:
     reasons = jnp.where((stop_states < 0) & may_stop, 2, reasons)
-  return jnp.where(is_stop_token, 1, reasons).astype(jnp.int8)
+  reasons = jnp.where(is_stop_token, 1, reasons)
+  return jnp.where(is_finite, reasons, 4).astype(jnp.int8)
 
 
 def advance_stop(transitions: Int[Array, "U states V"], automaton: Int[Array, "R"],
@@ -152,7 +156,7 @@ def token_logprobs(logits: Float[Array, "R V"], tokens: Int[Array, "R"], num_top
   """Log-probabilities under the model's own distribution: unmodified logits, temperature 1.
 
   Args:
-    tokens: -1 gives NaN.
+    tokens: -1 gives NaN, and so does a row that `sample` cannot draw from.
     num_top: how many most likely alternatives to return.
 
   Returns:
@@ -164,7 +168,7 @@ def token_logprobs(logits: Float[Array, "R V"], tokens: Int[Array, "R"], num_top
   highest = logits.max(axis=1)
   weights = lax.optimization_barrier(_split(jnp.exp(logits - highest[:, None])))
   _, total = _sum_tree(weights, jnp.zeros_like(highest))
-  log_normalizer = highest + jnp.log(total)
+  log_normalizer = jnp.where(_is_finite(highest), highest + jnp.log(total), jnp.nan)
   chosen = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[:, None], axis=1)[:, 0]
   chosen = jnp.where(tokens < 0, jnp.nan, chosen - log_normalizer)
   if not num_top:
@@ -192,8 +196,7 @@ def prompt_logprobs(hidden: Float[Array, "T D"], next_tokens: Int[Array, "T"],
   next_tokens = jnp.pad(next_tokens, (0, padding), constant_values=-1).reshape(num_blocks, -1)
   out = lax.map(lambda block: token_logprobs(logits_fn(block[0]), block[1], num_top),
                 (hidden, next_tokens))
-  return jax.tree.map(
-    lambda x: x.reshape(num_blocks * block_len, *x.shape[2:])[:num_tokens], out)
+  return jax.tree.map(lambda x: x.reshape(num_blocks * block_len, *x.shape[2:])[:num_tokens], out)
 
 
 def _drop_null(indices: Array, size: int) -> Array:
@@ -202,12 +205,17 @@ def _drop_null(indices: Array, size: int) -> Array:
 
 
 def _finite(logits: Array) -> Array:
-  limit = float(jnp.finfo(jnp.float32).max)
-  return jnp.nan_to_num(logits, nan=-limit, posinf=limit, neginf=-limit)
+  """Finite logits, of which the largest says whether all were so."""
+  return jnp.nan_to_num(logits, nan=_LIMIT, posinf=_LIMIT, neginf=-_LIMIT)
 
 
-def _argmax(logits: Array) -> Array:
-  """The id of each row's largest logit, the lowest among equals.
+def _is_finite(highest: Array) -> Array:
+  """From the largest of a row's `_finite` logits: none was NaN or +inf, and not all -inf."""
+  return jnp.abs(highest) < _LIMIT
+
+
+def _argmax(logits: Array) -> tuple[Array, Array]:
+  """The id of each row's largest logit, the lowest among equals; and the logit.
 
   Column by column first: reductions of (value, index) pairs, as in jnp.argmax,
   or of integers along rows take several times as long on CPUs.
@@ -222,7 +230,8 @@ def _argmax(logits: Array) -> Array:
   # Else GPUs fuse all this into the reduction below, and take twenty times as long.
   highest, ids = lax.optimization_barrier((highest, ids))
   ids = ids * columns.shape[2] + lax.broadcasted_iota(jnp.int32, ids.shape, 1)
-  return jnp.where(highest == highest.max(axis=1, keepdims=True), ids, logits.shape[1]).min(axis=1)
+  best = highest.max(axis=1)
+  return jnp.where(highest == best[:, None], ids, logits.shape[1]).min(axis=1), best
 
 
 def _adjust(logits: Array, inputs: SamplingInputs, num_generated: Array,
@@ -252,9 +261,9 @@ def _adjust(logits: Array, inputs: SamplingInputs, num_generated: Array,
   return _finite(logits) if features.greedy_only else lax.optimization_barrier(_finite(logits))
 
 
-def _draw(logits: Array, inputs: SamplingInputs, positions: Array,
+def _draw(logits: Array, highest: Array, inputs: SamplingInputs, positions: Array,
           features: SamplingFeatures) -> Array:
-  """Steps 5 to 7 of `sample`.
+  """Steps 5 to 7 of `sample`; `highest` is each row's largest logit.
 
   The nucleus is never computed. A token is drawn from all that are left, and
   it lies in the nucleus if the tokens more likely than it have less than
@@ -264,7 +273,7 @@ def _draw(logits: Array, inputs: SamplingInputs, positions: Array,
   that tests a token also sums the mass for its successor, and few are needed.
   """
   temperature = jnp.maximum(inputs.temperature, _MIN_TEMPERATURE)
-  exponents = (logits - logits.max(axis=1, keepdims=True)) / temperature[:, None]
+  exponents = (logits - highest[:, None]) / temperature[:, None]
   weights = jnp.where(exponents < _MIN_EXPONENT, 0.0, jnp.exp(exponents))
   weights = lax.optimization_barrier(_split(weights))
   lowest = jnp.zeros_like(temperature)
@@ -336,8 +345,7 @@ def _largest(x: Array, k: int) -> tuple[Array, Array]:
   columns = _split(x, -1.0)
   fan, num_columns = columns.shape[1:]
   _, nodes = _largest(columns.max(axis=1), k)
-  best, at = lax.top_k(
-      jnp.take_along_axis(columns, nodes[:, None], axis=2).reshape(len(x), -1), k)
+  best, at = lax.top_k(jnp.take_along_axis(columns, nodes[:, None], axis=2).reshape(len(x), -1), k)
   places = nodes[:, None] + num_columns * jnp.arange(fan, dtype=nodes.dtype)[:, None]
   return best, jnp.take_along_axis(places.reshape(len(x), -1), at, axis=1)
 
@@ -375,8 +383,7 @@ def _descend(tree: list[Array], lowest: Array, row_keys: Array, attempt: int | A
   Its random numbers are few: one for each child of the nodes on the way down.
   """
   shape = (len(tree), _FAN_OUT)
-  gumbel = jax.vmap(
-    lambda key: jax.random.gumbel(jax.random.fold_in(key, attempt), shape))(row_keys)
+  gumbel = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, attempt), shape))(row_keys)
   node = jnp.zeros(len(row_keys), jnp.int32)
   for i, level in enumerate(reversed(tree)):
     children = jnp.take_along_axis(level, node[:, None, None], axis=2)[:, :, 0]

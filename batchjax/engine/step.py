@@ -156,8 +156,8 @@ def _advance(module, features, params, stop_transitions, state, inputs, schedule
                         method="logits")
   with jax.named_scope("sample"):
     position = of_slot(inputs.positions, inputs.sample_tokens) + 1
-    drawn = sampling.sample(logits, inputs.sampling, position, inputs.num_generated, features,
-                            state.penalties, inputs.slots)
+    drawn, is_finite = sampling.sample(logits, inputs.sampling, position, inputs.num_generated,
+                                       features, state.penalties, inputs.slots)
     drawn = jnp.where(draws, drawn, -1)
     stop_states = None
     if features.stop_strings:
@@ -165,7 +165,8 @@ def _advance(module, features, params, stop_transitions, state, inputs, schedule
                           of_slot(state.stop_states, inputs.slots))
       stop_states = sampling.advance_stop(stop_transitions, inputs.sampling.automaton, entered,
                                           drawn)
-    finish = sampling.finish_reasons(drawn, inputs.num_generated + 1, inputs.sampling, stop_states)
+    finish = sampling.finish_reasons(drawn, is_finite, inputs.num_generated + 1, inputs.sampling,
+                                     stop_states)
     finish = jnp.where(draws, finish, 0).astype(jnp.int8)
     logprobs = top_ids = top_logprobs = None
     if features.logprobs:

@@ -12,7 +12,7 @@ from typing import Any
 from batchjax.io import logprobs
 from batchjax.io.records import RowError
 from batchjax.io.store import StoredRow
-from batchjax.types import Choice, Completion
+from batchjax.types import NOT_FINITE, Choice, Completion
 
 DecodeFn = Callable[..., str]  # (token_ids, *, is_continuation: bool), as `Tokenizer.decode`
 TokenBytesFn = Callable[[int], bytes]
@@ -39,13 +39,20 @@ def format_completion(row: StoredRow, completion: Completion, *, decode_fn: Deco
   return format_fn(row, completion, decode_fn, token_bytes_fn, job_id)
 
 
+def completion_error(row: StoredRow, completion: Completion) -> RowError | None:
+  """Why a completion is no answer; None where it is one."""
+  if all(choice.finish_reason != "error" for choice in completion.choices):
+    return None
+  return RowError(row.index, row.row, row.request.request_id, "", NOT_FINITE, "model_error")
+
+
 def format_error(error: RowError, *, job_id: str) -> dict[str, Any]:
   """The object of a row in the error file; `row` counts the input's rows from 1."""
   details = {"code": error.code, "message": error.message, "param": error.field or None,
              "row": error.row}
   digest = _digest(job_id, "row", str(error.row))
   return {"id": f"batch_req_{digest}", "custom_id": error.request_id,
-          "response": {"status_code": 400, "request_id": f"req_{digest}",
+          "response": {"status_code": 500 if error.code == "model_error" else 400, "request_id": f"req_{digest}",
                        "body": {"error": details}},
           "error": details}
 

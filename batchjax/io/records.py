@@ -30,7 +30,7 @@ class RowError:
     field: the offending field as the file spells it; "" for the whole row.
     message: one sentence with the remedy.
     code: "invalid_json", "invalid_value", "missing_field", "unknown_field", "unsupported",
-      "model_not_found", "duplicate_id" or "context_length_exceeded".
+      "model_not_found", "duplicate_id", "context_length_exceeded" or "model_error".
   """
 
   index: int

@@ -39,7 +39,7 @@ _OUTPUT_COLUMNS = {
 }
 
 REQUEST_SCHEMA = pa.schema({
-    "index": pa.int64(), "request_id": _TEXT, "sampling_params": _TEXT, "seed": pa.uint32(),
+    "index": pa.int64(), "row": pa.int64(), "request_id": _TEXT, "sampling_params": _TEXT, "seed": pa.uint32(),
     "form": _TEXT, "model": _TEXT, "echo": pa.bool_(), "return_token_ids": pa.bool_(),
     "token_ids": _TOKENS})
 

@@ -31,6 +31,7 @@ class StoredRow:
   """A request and what its output needs; the fields are those of `validate.Row`."""
 
   index: int
+  row: int
   form: Form
   model: str
   echo: bool
@@ -68,7 +69,7 @@ class RequestWriter:
     params = row.sampling_params
     changed = {name: getattr(params, name) for name, default in _DEFAULTS.items()
                if name != "seed" and getattr(params, name) != default}
-    self._rows.append((row.index, row.request_id, files.dump(changed), params.seed, row.form,
+    self._rows.append((row.index, row.row, row.request_id, files.dump(changed), params.seed, row.form,
                        row.model, row.echo, row.return_token_ids))
     self._token_ids.append(np.asarray(token_ids, np.int32))
     self._num_tokens += len(token_ids)
@@ -179,7 +180,7 @@ class RequestReader:
 
   def _stored(self, batch: pa.RecordBatch) -> Iterator[StoredRow]:
     columns = [batch[name].to_pylist() for name in
-               ("index", "form", "model", "echo", "return_token_ids", "request_id",
+               ("index", "row", "form", "model", "echo", "return_token_ids", "request_id",
                 "sampling_params", "seed")]
     offsets = batch["token_ids"].offsets.to_numpy()
     token_ids = batch["token_ids"].values.to_numpy()  # of the whole batch, as the offsets count

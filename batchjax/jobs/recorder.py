@@ -61,10 +61,11 @@ class Recorder:
   def finish(self, row: StoredRow, completion: Completion) -> None:
     """Records a finished request."""
     reasons = {choice.finish_reason for choice in completion.choices}
+    reason = next(name for name in ("error", "length", "stop") if name in reasons)
     self._emit(report.RequestRecord(
         request_id=completion.request_id, row=row.index,
         prompt_tokens=completion.num_prompt_tokens, cached_tokens=completion.num_cached_tokens,
         generated_tokens=sum(len(choice.token_ids) for choice in completion.choices),
         start_secs=self._started.pop(completion.request_id),
         end_secs=time.perf_counter() - self._start,
-        finish_reason="length" if "length" in reasons else "stop"))
+        finish_reason=reason))

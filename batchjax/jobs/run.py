@@ -157,9 +157,12 @@ def _complete(job: job_lib.Job, requests: RequestReader, left: np.ndarray,
       row, num_cached = pending.pop(completion.request_id)
       # As planned over the whole file, so that a resumed job writes the same bytes.
       completion = dataclasses.replace(completion, num_cached_tokens=num_cached)
-      job.append(row.index, output.format_completion(
-          row, completion, decode_fn=tokenizer.decode, token_bytes_fn=tokenizer.token_bytes,
-          job_id=job.id))
+      if error := output.completion_error(row, completion):
+        job.append_error(row.index, output.format_error(error, job_id=job.id))
+      else:
+        job.append(row.index, output.format_completion(
+            row, completion, decode_fn=tokenizer.decode, token_bytes_fn=tokenizer.token_bytes,
+            job_id=job.id))
       recorder.finish(row, completion)
 
 

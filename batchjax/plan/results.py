@@ -1,6 +1,7 @@
 """Collects what rows draw until their requests are complete; numpy only."""
 
 import collections
+import dataclasses
 from collections.abc import Sequence
 
 import numpy as np
@@ -10,7 +11,7 @@ from batchjax.plan.prefix_tree import PrefixTree
 from batchjax.plan.row import Row
 from batchjax.types import Choice, Completion, FinishReason, Request, StepOutputs
 
-_FINISH: dict[int, FinishReason] = {1: "stop", 2: "stop", 3: "length"}
+_FINISH: dict[int, FinishReason] = {1: "stop", 2: "stop", 3: "length", 4: "error"}
 
 
 class Results:
@@ -53,7 +54,7 @@ class Results:
   def finish(self, row: Row) -> Completion | None:
     """Files the choice of a row that has ended; its request's completion if it was the last."""
     params = self._requests[row.request].sampling_params
-    count = len(row.tokens) - (row.finish == 1)
+    count = len(row.tokens) - (row.finish in (1, 4))  # tokens that are no text
     top, num_top = row.top[:count], params.top_logprobs
     has_top = params.logprobs and num_top > 0
     self._choices[row.request].append(Choice(
@@ -75,9 +76,12 @@ class Results:
       if not self._requests_left[node]:
         self._scores.pop(node, None)
     self.num_complete += 1
+    choices = sorted(self._choices.pop(index), key=lambda choice: choice.index)
+    if scores[0] is not None and np.isnan(scores[0][1:]).any():
+      choices = [dataclasses.replace(choice, finish_reason="error") for choice in choices]
     return Completion(
         request_id=request.request_id,
-        choices=tuple(sorted(self._choices.pop(index), key=lambda choice: choice.index)),
+        choices=tuple(choices),
         num_prompt_tokens=len(request.prompt_token_ids),
         num_cached_tokens=int(self.num_cached[index]),
         prompt_logprobs=scores[0], prompt_top_token_ids=scores[1], prompt_top_logprobs=scores[2])

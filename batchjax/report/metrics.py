@@ -130,7 +130,7 @@ class RequestRecord:
     generated_tokens: over all its samples.
     start_secs: when its first row was admitted, since the begin of the run.
     end_secs: when its last sample was done.
-    finish_reason: "length" if any sample ran into it, else "stop"; "error" for an error row.
+    finish_reason: "length" if any sample ran into it, else "stop"; "error" if any failed.
   """
 
   TAG: ClassVar[str] = "request"

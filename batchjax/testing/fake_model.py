@@ -38,12 +38,18 @@ def mix(token: Any, position: Any) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class FakeModel:
-  """`module.apply` of a transformer, without parameters."""
+  """`module.apply` of a transformer, without parameters.
+
+  Attributes:
+    config, page_size, attention, max_levels: as of `models.Transformer`.
+    nan_every: one logit is NaN after one in so many prefixes; 0 after none.
+  """
 
   config: ModelConfig
   page_size: int
   attention: str | None = None
   max_levels: int = 4
+  nan_every: int = 0
 
   def apply(self, params: Any, *args, method: str = "__call__"):
     """Dispatches like `flax.linen.Module.apply`."""
@@ -82,16 +88,24 @@ class FakeModel:
   def _logits(self, hidden: jax.Array) -> jax.Array:
     """Logits that differ for every token, so that sampling has something to choose from."""
     token = jnp.arange(self.config.vocab_size)
-    return (mix(token, hidden) % np.uint32(1000)).astype(jnp.float32) / 100
+    logits = (mix(token, hidden) % np.uint32(1000)).astype(jnp.float32) / 100
+    if not self.nan_every:
+      return logits
+    return jnp.where((hidden % np.uint32(self.nan_every) == 0) & (token == hidden % token.size),
+                     jnp.nan, logits)
 
 
-def fake_logits(prefix: np.ndarray, vocab_size: int) -> np.ndarray:
+def fake_logits(prefix: np.ndarray, vocab_size: int, nan_every: int = 0) -> np.ndarray:
   """What the fake model gives after `prefix`, computed without any cache: f32[V]."""
   total = mix(np.asarray(prefix), np.arange(len(prefix))).sum(dtype=np.uint32)
-  return logits_of_hashes(total[None], vocab_size)[0]
+  return logits_of_hashes(total[None], vocab_size, nan_every)[0]
 
 
-def logits_of_hashes(totals: np.ndarray, vocab_size: int) -> np.ndarray:
+def logits_of_hashes(totals: np.ndarray, vocab_size: int, nan_every: int = 0) -> np.ndarray:
   """What the fake model makes of sums of hashes, u32[R] to f32[R, V]."""
   hashed = mix(np.arange(vocab_size), totals[:, None])
-  return (hashed % np.uint32(1000)).astype(np.float32) / 100
+  logits = (hashed % np.uint32(1000)).astype(np.float32) / 100
+  if nan_every:
+    is_nan = totals % np.uint32(nan_every) == 0
+    logits[is_nan, (totals % np.uint32(vocab_size))[is_nan]] = np.nan
+  return logits

@@ -46,9 +46,10 @@ class NumpyDevice:
 
   def __init__(self, num_pages: int, page_size: int, max_rows: int, vocab_size: int,
                features: SamplingFeatures, max_decode_steps: int,
-               stop_transitions: np.ndarray | None):
-    self._page_size, self._vocab_size = page_size, vocab_size
-    self._features, self._max_decode_steps = features, max_decode_steps
+               stop_transitions: np.ndarray | None, nan_every: int = 0):
+    self._page_size, self._max_decode_steps = page_size, max_decode_steps
+    self._logits_fn = lambda totals: logits_of_hashes(totals, vocab_size, nan_every)
+    self._features = features
     self._stop_transitions = stop_transitions
     self._tokens = np.full(num_pages * page_size, -7, np.int64)  # the pool: token and position
     self._positions = np.full(num_pages * page_size, -7, np.int64)
@@ -137,7 +138,7 @@ class NumpyDevice:
 
     num_rows = len(inputs.slots)
     drawn, finish = np.full(num_rows, -1, np.int32), np.zeros(num_rows, np.int8)
-    logits = logits_of_hashes(hidden[np.maximum(inputs.sample_tokens, 0)], self._vocab_size)
+    logits = self._logits_fn(hidden[np.maximum(inputs.sample_tokens, 0)])
     for r, slot in enumerate(inputs.slots):
       row = SamplingInputs(*(field[r] for field in inputs.sampling))
       if slot < 0 or row.max_tokens == 0 or (self._done[slot] and not inputs.is_first[r]):
@@ -147,7 +148,7 @@ class NumpyDevice:
           masked(logits[r], row.stop_ids, inputs.num_generated[r] < row.min_tokens),
           row.temperature, int(row.seed), int(row.sample_index),
           int(inputs.positions[inputs.sample_tokens[r]]) + 1)
-      finish[r] = self._finish(r, int(slot), int(drawn[r]), inputs, row)
+      finish[r] = self._finish(r, int(slot), int(drawn[r]), np.isnan(logits[r]).any(), inputs, row)
     top = self._features.num_top_logprobs
     scores = (None,) * 3
     if self._features.logprobs:
@@ -155,10 +156,11 @@ class NumpyDevice:
     prompt_scores = {}
     if inputs.next_tokens is not None:
       prompt_scores = dict(zip(StepOutputs._fields[5:], token_scores(
-          logits_of_hashes(hidden, self._vocab_size), inputs.next_tokens, top)))
+          self._logits_fn(hidden), inputs.next_tokens, top)))
     return StepOutputs(drawn, finish, *scores), prompt_scores
 
-  def _finish(self, r: int, slot: int, token: int, inputs: StepInputs, row: SamplingInputs) -> int:
+  def _finish(self, r: int, slot: int, token: int, is_nan: bool, inputs: StepInputs,
+              row: SamplingInputs) -> int:
     state = 0
     if self._stop_transitions is not None and row.automaton >= 0:
       state = int(inputs.stop_states[r]) if inputs.is_first[r] else int(self._stop_states[slot])
@@ -168,6 +170,7 @@ class NumpyDevice:
     reason = 3 if count >= row.max_tokens else 0
     reason = 2 if state < 0 and may_stop else reason
     reason = 1 if token in row.stop_ids and may_stop else reason
+    reason = 4 if is_nan else reason
     self._last_tokens[slot], self._stop_states[slot], self._done[slot] = token, state, reason > 0
     return reason
 
@@ -218,5 +221,6 @@ def token_scores(logits: np.ndarray, tokens: np.ndarray, num_top: int):
   chosen = np.where(tokens < 0, np.nan, chosen).astype(np.float32)
   if not num_top:
     return chosen, None, None
-  ids = np.argsort(-logits, axis=1, kind="stable")[:, :num_top].astype(np.int32)
+  order = np.argsort(-np.nan_to_num(logits, nan=np.inf), axis=1, kind="stable")  # NaN first
+  ids = order[:, :num_top].astype(np.int32)
   return chosen, ids, np.take_along_axis(logprobs, ids, axis=1).astype(np.float32)

@@ -46,8 +46,10 @@ def oracle_completion(request: Request, logits_fn: LogitsFn, draw_fn: DrawFn,
                   for sample in range(params.n))
   scores = (None,) * 3
   if params.prompt_logprobs:
-    scores = _scores([logits_fn(prompt[:i]) for i in range(1, len(prompt))], prompt[1:],
-                     params.top_logprobs, first_is_null=True)
+    all_logits = [logits_fn(prompt[:i]) for i in range(1, len(prompt))]
+    scores = _scores(all_logits, prompt[1:], params.top_logprobs, first_is_null=True)
+    if not all(map(is_finite, all_logits)):
+      choices = tuple(dataclasses.replace(choice, finish_reason="error") for choice in choices)
   return Completion(request.request_id, choices, len(prompt), 0, *scores)
 
 
@@ -59,7 +61,11 @@ def _choice(request, sample, logits_fn, draw_fn, eos_token_ids, token_bytes) -> 
   text, reason = b"", ""
   while not reason and len(tokens) < params.max_tokens:
     sequence = np.append(request.prompt_token_ids, np.array(tokens, np.int32))
-    all_logits.append(logits_fn(sequence))
+    logits = logits_fn(sequence)
+    if not is_finite(logits):
+      reason = "error"
+      break
+    all_logits.append(logits)
     token = int(draw_fn(all_logits[-1], request, sample, tokens))
     tokens.append(token)
     text += token_bytes[token] if params.stop else b""
@@ -75,6 +81,11 @@ def _choice(request, sample, logits_fn, draw_fn, eos_token_ids, token_bytes) -> 
                 *(scores if params.logprobs else (None,) * 3))
 
 
+def is_finite(logits: np.ndarray) -> bool:
+  """Whether logits f32[V] can be drawn from: finite, or -inf here and there."""
+  return bool(np.isfinite(logits.max()))
+
+
 def _scores(all_logits, tokens, num_top, first_is_null=False):
   """Log-probabilities of tokens, and ids and log-probabilities of the most likely ones."""
   ids = np.zeros((len(tokens), num_top), np.int32)
@@ -83,7 +94,7 @@ def _scores(all_logits, tokens, num_top, first_is_null=False):
   for i, (logits, token) in enumerate(zip(all_logits, tokens, strict=True)):
     logits = logits.astype(np.float64)
     logprobs = logits - logits.max() - np.log(np.exp(logits - logits.max()).sum())
-    ids[i] = np.argsort(-logits, kind="stable")[:num_top]
+    ids[i] = np.argsort(-np.nan_to_num(logits, nan=np.inf), kind="stable")[:num_top]  # NaN first
     chosen[i], top[i] = logprobs[token], logprobs[ids[i]]
   if first_is_null:
     chosen, ids, top = (np.concatenate([np.full((1, *x.shape[1:]), null, x.dtype), x])
@@ -149,8 +160,9 @@ def make_draw_fn(eos_token_ids: Sequence[int]) -> DrawFn:
     penalties = sampling.PenaltyState.create(1, logits.shape[-1], features)
     if penalties is not None:
       penalties = sampling.admit(penalties, jnp.int32(0), prompt, output)
-    return sampling.sample(logits[None], inputs, position[None], num_generated[None], features,
-                           penalties, jnp.zeros(1, jnp.int32))[0]
+    tokens, _ = sampling.sample(logits[None], inputs, position[None], num_generated[None], features,
+                                penalties, jnp.zeros(1, jnp.int32))
+    return tokens[0]
 
   def draw_fn(logits, request, sample, output):
     params = request.sampling_params

@@ -7,7 +7,7 @@ import numpy as np
 
 
 class WeightError(ValueError):
-  """A tensor is missing, superfluous, of the wrong shape or out of range; the message names it."""
+  """A stored model cannot be read, or does not compute; the message names file, field and remedy."""
 
 
 @dataclasses.dataclass(frozen=True)

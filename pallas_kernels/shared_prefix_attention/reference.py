@@ -121,7 +121,9 @@ def attend(q: jax.Array, kv_pages: jax.Array, schedule: Schedule, *, scale: floa
     decay = jnp.exp(top - shift)
     # A slot that nobody may read can hold NaN, and 0 * NaN is NaN.
     values = jnp.where(visible.any(axis=-2)[..., None], values.astype(jnp.float32), 0.0)
-    acc = acc * decay[..., None] + jnp.einsum("...mc,...ch->...mh", probs, values)
+    new_acc = acc * decay[..., None] + jnp.einsum("...mc,...ch->...mh", probs, values)
+    # So can one that only others of the tile may read.
+    acc = jnp.where(visible.any(axis=-1)[..., None], new_acc, acc)
     return acc, new_top, total * decay + probs.sum(axis=-1)
 
   def gather(page_start, block, block_len):

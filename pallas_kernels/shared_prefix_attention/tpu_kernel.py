@@ -296,8 +296,12 @@ def _kernel(table, units, pages_hbm, kv_hbm, positions, q_rows, q_tiles, o_ref, 
       # The last product starts early rather than run over; `mine` keeps its rows apart.
       start = jnp.minimum(low, tiling.q * group - tiling.tile_rows)
       at = pl.ds(pl.multiple_of(start, align), tiling.tile_rows)
-      row = start + lax.broadcasted_iota(jnp.int32, (tiling.tile_rows, LANES), 0)
-      mine = (row >= jnp.maximum(low, first)) & (row < stop)
+
+      def is_mine(lanes):
+        row = start + lax.broadcasted_iota(jnp.int32, (tiling.tile_rows, lanes), 0)
+        return (row >= jnp.maximum(low, first)) & (row < stop)
+
+      mine, mine_acc = is_mine(LANES), is_mine(width)
       if hide:
         column = position + lax.broadcasted_iota(
             jnp.int32, (tiling.tile_rows, tiling.tile_kv), 1)
@@ -315,15 +319,16 @@ def _kernel(table, units, pages_hbm, kv_hbm, positions, q_rows, q_tiles, o_ref, 
         if hide:
           s = jnp.where(seen, s, _HIDDEN)
         top = jnp.where(mine, jnp.maximum(old_top, s.max(axis=1, keepdims=True)), old_top)
-        # Rows of other items keep their state: their probabilities are exact zeros.
+        # Rows of other items keep their state, even where this one's KV is NaN.
         shift = jnp.where(mine, top, -_HIDDEN) * to_log2
         p = jnp.exp2(s * to_log2 - _lanes(shift, tiling.tile_kv))
         keep = decay(old_top, top)
         acc = product(p.astype(q_tiles.dtype), kv_buf[slot, head, :tiling.tile_kv, values],
                       ((1,), (0,)))
         tile_top[head, at, :] = top
-        tile_sum[head, at, :] = tile_sum[head, at, :] * keep + _fold_lanes(p)
-        tile_acc[head, at, :] = tile_acc[head, at, :] * _lanes(keep, width) + acc
+        tile_sum[head, at, :] = tile_sum[head, at, :] * keep + jnp.where(mine, _fold_lanes(p), 0.0)
+        tile_acc[head, at, :] = (tile_acc[head, at, :] * _lanes(keep, width)
+                                 + jnp.where(mine_acc, acc, 0.0))
 
       def of_heads(step, _):
         # Two buffers of scores pace the scheduler: the first product of the next head runs

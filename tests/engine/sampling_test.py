@@ -23,17 +23,25 @@ def run_sample(logits, inputs, positions, num_generated, features, penalties=Non
                          jnp.arange(len(positions)))
 
 
-def draw(logits, params, *, positions=0, num_generated=0, sample_indices=0, features=None,
+def draw(logits, params, **kwargs):
+  """The tokens of `sample_rows`, all of which can be drawn."""
+  tokens, is_finite = sample_rows(logits, params, **kwargs)
+  assert is_finite.all()
+  return tokens
+
+
+def sample_rows(logits, params, *, positions=0, num_generated=0, sample_indices=0, features=None,
          penalties=None):
-  """Tokens of rows that share or have their own params, with the features they need."""
+  """What rows that share or have their own params draw, with the features they need."""
   num_rows = len(logits)
   params = [params] * num_rows if isinstance(params, SamplingParams) else params
   features = features or SamplingFeatures.of(params, EOS)
   indices = np.broadcast_to(sample_indices, num_rows)
   inputs = pack_sampling(params, indices, features, EOS, None, num_rows)
   as_rows = lambda x: jnp.asarray(np.broadcast_to(np.int32(x), num_rows))
-  return np.asarray(run_sample(jnp.asarray(logits, jnp.float32), inputs, as_rows(positions),
-                               as_rows(num_generated), features, penalties))
+  return jax.tree.map(np.asarray, run_sample(
+      jnp.asarray(logits, jnp.float32), inputs, as_rows(positions), as_rows(num_generated), features,
+      penalties))
 
 
 run_admit = jax.jit(sampling.admit)
@@ -222,20 +230,64 @@ def test_extreme_logits(params):
   vocab_size = 70
   one_left = np.full(vocab_size, -np.inf)
   one_left[69] = -1e30
-  infinite = np.zeros(vocab_size)
-  infinite[33] = np.inf
-  nan = np.full(vocab_size, np.nan)
-  nan[12] = 0.0
   huge = np.full(vocab_size, -3e38)
   huge[50] = 3e38
-  logits = np.tile(np.stack([one_left, infinite, nan, huge]), (8, 1))
+  logits = np.tile(np.stack([one_left, huge]), (16, 1))
   features = SamplingFeatures(greedy_only=False, any_greedy=True, max_top_k=16, top_p=True,
                               min_p=True, num_stop_ids=1)
   tokens = draw(logits, params, positions=np.arange(32), features=features)
-  np.testing.assert_array_equal(tokens, [69, 33, 12, 50] * 8)
-  nothing = draw(np.full((32, vocab_size), -np.inf), params, positions=np.arange(32),
-                 features=features)
-  assert ((nothing >= 0) & (nothing < vocab_size)).all()
+  np.testing.assert_array_equal(tokens, [69, 50] * 16)
+
+
+PENALIZED = SamplingParams(temperature=0.0, repetition_penalty=1.3, frequency_penalty=0.5,
+                           logit_bias=((0, 3.0), (40, -100.0)))
+
+
+@pytest.mark.parametrize("params", [
+  SamplingParams(temperature=0.0), SamplingParams(), SamplingParams(temperature=1e-36, top_p=0.5),
+  SamplingParams(top_k=3), SamplingParams(top_k=2000, min_p=0.5), PENALIZED])
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_logits_that_are_not_finite_are_told_row_by_row(params, dtype):
+  vocab_size = 70
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(9, vocab_size))
+  logits[1:] *= 1e30
+  logits[1, 5:] = -np.inf  # a masked vocabulary is no fault
+  logits[2] = np.nan
+  logits[3, 69] = np.nan
+  logits[4, 0] = -np.nan
+  logits[5, 33] = np.inf
+  logits[6] = -np.inf
+  logits[7, ::2], logits[7, 1] = -np.inf, np.nan
+  want = [True, True, False, False, False, False, False, False, True]
+  features = SamplingFeatures.of([params], EOS)
+  state = sampling.PenaltyState.create(9, vocab_size, features)
+  # Mixed with other rows or alone: the same answer, and a token of the vocabulary all the same.
+  logits = jnp.asarray(logits, dtype)
+  tokens, is_finite = sample_rows(logits, params, penalties=state)
+  np.testing.assert_array_equal(is_finite, want)
+  assert ((tokens >= 0) & (tokens < vocab_size)).all()
+  both = [params, SamplingParams(temperature=0.0)] * 9
+  both_state = sampling.PenaltyState.create(18, vocab_size, SamplingFeatures.of(both, EOS))
+  mixed, is_finite = sample_rows(logits.repeat(2, axis=0), both, penalties=both_state)
+  np.testing.assert_array_equal(is_finite, np.repeat(want, 2))
+  np.testing.assert_array_equal(mixed[::2][want], tokens[want])
+  logprobs, _, top = run_logprobs(logits, np.zeros(9, np.int32), 2)
+  np.testing.assert_array_equal(np.isnan(logprobs), ~np.array(want))
+  np.testing.assert_array_equal(np.isnan(top).any(axis=1), ~np.array(want))
+
+
+def test_telling_costs_no_pass_over_the_vocabulary():
+  """The largest logit is computed once for the draw; nothing else reduces over the vocabulary."""
+  shape = jax.ShapeDtypeStruct((8, 1000), jnp.float32)
+  rows = jax.ShapeDtypeStruct((8,), jnp.int32)
+  for params, num_maxima in ((SamplingParams(temperature=0.0), 1), (SamplingParams(), 1)):
+    features = SamplingFeatures.of([params], EOS)
+    inputs = pack_sampling([params] * 8, [0] * 8, features, EOS, None, 8)
+    text = run_sample.lower(shape, inputs, rows, rows, features).as_text()
+    reductions = [line for line in text.splitlines() if "stablehlo.reduce(" in line
+                  and ("tensor<8x1000x" in line or "tensor<8x63xf32>" in line)]
+    assert sum("maximum" in line for line in reductions) == num_maxima
 
 
 def test_ties_of_bfloat16_logits_are_kept_together():
@@ -297,13 +349,15 @@ def test_finish_reasons_and_their_precedence():
     (4, 3, 0, 0), (1, 3, 0, 1), (9, 3, -1, 1), (4, 3, -1, 2), (4, 5, 0, 3), (4, 5, -1, 2),
     (9, 5, -1, 1), (9, 2, 0, 0), (4, 2, -1, 0), (-1, 3, 0, 0)]
   tokens, counts, states, want = (np.array(column) for column in zip(*cases))
+  finite = np.ones(len(cases), bool)
   inputs = pack_sampling([params] * len(cases), [0] * len(cases), features, EOS, None, len(cases))
-  got = sampling.finish_reasons(tokens, counts, inputs, jnp.asarray(states))
+  got = sampling.finish_reasons(tokens, finite, counts, inputs, jnp.asarray(states))
   assert got.dtype == jnp.int8
   np.testing.assert_array_equal(got, want)
-  without = sampling.finish_reasons(tokens, counts, inputs, None)
+  without = sampling.finish_reasons(tokens, finite, counts, inputs, None)
   np.testing.assert_array_equal(without, np.where(states < 0, np.where(want == 2, np.where(
     counts >= 5, 3, 0), want), want))
+  assert (sampling.finish_reasons(tokens, ~finite, counts, inputs, jnp.asarray(states)) == 4).all()
 
 
 def test_advance_stop_walks_the_table():
@@ -339,7 +393,7 @@ def test_token_logprobs_are_of_the_raw_distribution():
 
 
 def test_token_logprobs_of_extreme_logits():
-  logits = np.array([[np.inf, 0, -np.inf], [-np.inf, -np.inf, 5.0]], np.float32)
+  logits = np.array([[3e38, 0, -np.inf], [-np.inf, -np.inf, 5.0]], np.float32)
   got, _, top = run_logprobs(logits, np.array([0, 2]), 3)
   np.testing.assert_array_equal(got, [0, 0])
   assert not np.isnan(top).any()

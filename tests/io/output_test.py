@@ -22,7 +22,7 @@ def decode(token_ids, *, is_continuation):
 
 
 def stored(form, prompt=(0, 1), echo=False, return_token_ids=False, **params):
-  return StoredRow(0, form, "m", echo, return_token_ids, Request(
+  return StoredRow(0, 1, form, "m", echo, return_token_ids, Request(
       "r1", np.array(prompt, np.int32), SamplingParams(**params)))
 
 
@@ -180,6 +180,18 @@ def test_ids_depend_on_job_and_request_alone():
 def test_nan_is_not_written():
   with pytest.raises(ValueError, match="log-probability is NaN"):
     format_row(stored("plain", logprobs=True), choice([1], logprobs=[np.nan]))
+
+
+@pytest.mark.parametrize("reasons, is_error", [(["stop", "length"], False), (["stop", "error"], True)])
+def test_a_request_with_a_sample_that_failed_is_an_error(reasons, is_error):
+  row = stored("chat", n=2)
+  choices = tuple(choice([1], reason, index) for index, reason in enumerate(reasons))
+  error = output.completion_error(row, Completion("r1", choices, 2, 0))
+  assert (error is not None) == is_error
+  if error:
+    assert (error.index, error.row, error.request_id, error.code) == (0, 1, "r1", "model_error")
+    assert "NaN or infinite: check its weights" in error.message
+    assert output.format_error(error, job_id="j")["response"]["status_code"] == 500
 
 
 def test_error():

@@ -37,8 +37,8 @@ def spill(path, num_rows):
 
 
 def check(stored, row, token_ids):
-  assert (stored.index, stored.form, stored.model, stored.echo, stored.return_token_ids) == (
-      row.index, row.form, row.model, row.echo, row.return_token_ids)
+  for name in ("index", "row", "form", "model", "echo", "return_token_ids"):
+    assert getattr(stored, name) == getattr(row, name)
   assert stored.request.request_id == row.request_id
   assert stored.request.sampling_params == row.sampling_params
   assert stored.request.prompt_token_ids.dtype == np.int32

@@ -38,7 +38,7 @@ def append(job, index):
     request = Request(f"r{index}", np.array([1], np.int32))
     completion = Completion(f"r{index}", (Choice(0, np.array([index], np.int32), "stop"),), 1, 0)
     job.append(index, output.format_completion(
-        StoredRow(index, form, "m", False, False, request), completion, decode_fn=decode,
+        StoredRow(index, index + 1, form, "m", False, False, request), completion, decode_fn=decode,
         token_bytes_fn=lambda token: b"%d" % token, job_id=job.id))
 
 

@@ -1,6 +1,7 @@
 """A whole job: what identifies it, how it is stopped and goes on, what it records."""
 
 import dataclasses
+import functools
 import json
 import os
 import signal
@@ -38,12 +39,13 @@ def make_config(cache, **engine):
                    sampling=SamplingParams(temperature=0.0))
 
 
-def run_job(folder, config, tokenizer=FakeTokenizer, model_fn=lambda source: Model(SHAPE, {})):
+def run_job(folder, config, tokenizer=FakeTokenizer, model_fn=lambda source: Model(SHAPE, {}),
+            module_class=FakeModel):
   if not (folder / "in.jsonl").exists():
     (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
   return run(config, str(folder / "in.jsonl"), str(folder / "out.jsonl"), quiet=True,
              loaders=Loaders(lambda source: SHAPE, lambda source: tokenizer(), model_fn,
-                             FakeModel))
+                             module_class))
 
 
 def read(path):
@@ -157,6 +159,22 @@ def test_texts_depend_on_no_engine_setting(tmp_path, undisturbed):
     assert ours["usage"].pop("prompt_tokens_details") == {"cached_tokens": 0}
     del expected["usage"]["prompt_tokens_details"]
     assert ours == expected
+
+
+def test_rows_for_which_the_model_gives_nan_are_error_rows(tmp_path, undisturbed):
+  (tmp_path / "in.jsonl").write_text("\n" + (undisturbed / "in.jsonl").read_text())
+  finished = run_job(tmp_path, make_config(""), module_class=functools.partial(FakeModel, nan_every=30))
+  errors = [e for e in read(tmp_path / "out.errors.jsonl") if e["error"]["code"] == "model_error"]
+  assert 0 < len(errors) < NUM_GOOD and finished.num_outputs == NUM_GOOD - len(errors)
+  for error in errors:
+    assert "gives logits that are NaN or infinite: check its weights" in error["error"]["message"]
+    assert error["error"]["row"] == int(error["custom_id"][1:]) + 2  # behind a blank line
+  wrong = {error["custom_id"] for error in errors}
+  same = [row for row in read(undisturbed / "out.jsonl") if row["id"] not in wrong]
+  assert [row["text"] for row in read(tmp_path / "out.jsonl") if "text" in row] == [
+      row["text"] for row in same if "text" in row]
+  runs = report.read_runs(tmp_path / "out.jsonl.job" / report.METRICS_FILE)
+  assert {r.request_id for r in runs[0].requests if r.finish_reason == "error"} == wrong
 
 
 def test_changed_input_and_settings_are_refused(undisturbed, cache, tmp_path):

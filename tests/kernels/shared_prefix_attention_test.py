@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 from pallas_kernels import shared_prefix_attention as spa
+from pallas_kernels.shared_prefix_attention import gpu
 from pallas_kernels.shared_prefix_attention import specs
 from pallas_kernels.shared_prefix_attention import tpu
 from pallas_kernels.shared_prefix_attention.specs import Node, Row
@@ -54,3 +55,33 @@ def test_one_schedule_serves_a_decode_loop(implementation, monkeypatch):
     error = np.linalg.norm(np.asarray(o, np.float64) - exact_o) / np.linalg.norm(exact_o)
     assert error < 6e-3, left
     np.testing.assert_allclose(np.asarray(lse), exact_lse, atol=2e-3)
+
+
+# Chunks of prompts, decode rows and prefixes side by side, so that they share tiles.
+NEIGHBOURS = specs.Spec("neighbours", (Row(4, 5), Row(7), Node(9, (Row(4), Row(2))), Row(0, 3)), 4, 2,
+                        64, 16)
+
+
+@pytest.mark.parametrize("implementation", spa.IMPLEMENTATIONS)
+def test_nan_in_the_kv_of_some_tokens_is_none_of_the_others(implementation, monkeypatch):
+  monkeypatch.setattr(tpu, "_target_kind", lambda: "TPU v6 lite")
+  few = gpu.tuned() | {"num_sms": 2}  # the interpreter runs one after the other
+  monkeypatch.setattr(gpu, "tuned", lambda device: few)
+  interpret, case = interpreter(implementation), specs.build(NEIGHBOURS)
+  layout, segments = case.layout, case.layout.segments
+  schedule = spa.make_schedule(
+      spa.Segments(**{k: jnp.asarray(v) for k, v in segments.items()}),
+      jnp.asarray(layout.page_indices), jnp.asarray(layout.positions),
+      page_size=NEIGHBOURS.page_size, num_heads=NEIGHBOURS.num_heads,
+      num_kv_heads=NEIGHBOURS.num_kv_heads, head_dim=NEIGHBOURS.head_dim, dtype=case.q.dtype,
+      implementation=implementation)
+  kv_pages, sees_nan = np.array(case.kv_pages), np.zeros(len(case.q), bool)
+  for segment in (0, 3):  # a chunk, and one of two decode rows on a prefix
+    kv_pages[layout.page_indices[segments["page_start"][segment]]] = np.nan
+    start = segments["q_start"][segment]
+    sees_nan[start:start + segments["q_len"][segment]] = True
+  o = np.asarray(jax.jit(lambda *x: spa.shared_prefix_attention(
+      *x, schedule, scale=NEIGHBOURS.scale, interpret=interpret))(case.q, kv_pages), np.float64)
+  assert np.isnan(o[sees_nan]).all() and sees_nan.sum() == 5 + 1
+  exact_o, _ = specs.exact(NEIGHBOURS, layout, case.q, case.kv_pages)
+  np.testing.assert_allclose(o[~sees_nan], exact_o[~sees_nan], atol=2e-2)

@@ -34,6 +34,7 @@ class Job:
   engine: EngineConfig
   is_optimistic: bool
   read_early: int
+  nan_every: int
 
 
 @st.composite
@@ -71,7 +72,8 @@ def jobs(draw) -> Job:
   fitting = num_pages_of_largest(requests, engine)
   engine = dataclasses.replace(
       engine, num_pages=fitting + draw(st.sampled_from([0, 0, 1, 2, 4, 8, 16, 200])))
-  return Job(requests, engine, draw(st.booleans()), integers(0, 2))
+  return Job(requests, engine, draw(st.booleans()), integers(0, 2),
+             draw(st.sampled_from([0, 0, 0, 3, 20])))
 
 
 def windows_of(job_requests, engine):
@@ -128,7 +130,7 @@ def run_job(job: Job) -> Log:
       max_rows = max(bucket.num_rows for bucket in buckets)
       table = SamplingTable(max_rows, features, EOS, stop_table)
       device = NumpyDevice(engine.num_pages, engine.page_size, max_rows, VOCAB, features,
-                           engine.max_decode_steps, stop_table.transitions)
+                           engine.max_decode_steps, stop_table.transitions, job.nan_every)
     scheduler = planner.make_scheduler(window, plan, engine, max_rows,
                                        max(bucket.num_tokens for bucket in buckets), stop_table)
     run_window(job, scheduler, device, table, buckets, features, log)
@@ -176,8 +178,8 @@ def run_window(job, scheduler: Scheduler, device, table, buckets, features, log:
   assert scheduler.stats.num_running == scheduler.stats.num_waiting == 0
 
 
-def expected(request: Request):
-  return oracle_completion(request, lambda prefix: fake_logits(prefix, VOCAB),
+def expected(request: Request, nan_every: int = 0):
+  return oracle_completion(request, lambda prefix: fake_logits(prefix, VOCAB, nan_every),
                            draw_of_request(EOS), EOS, TOKEN_BYTES)
 
 
@@ -188,7 +190,7 @@ def test_any_job_on_any_engine_equals_the_oracle(job):
   log = run_job(job)
   assert len(log.completions) == len(job.requests)
   for request in job.requests:
-    assert_same(log.completions[request.request_id], expected(request))
+    assert_same(log.completions[request.request_id], expected(request, job.nan_every))
   num_rows = sum(request.sampling_params.n for request in job.requests)
   if not job.is_optimistic and num_rows <= 32:  # too few to learn from: all are taken to be long
     assert log.num_preempted == 0
