@@ -7,7 +7,6 @@ therefore depends on neither its neighbours nor the shape of the step.
 """
 
 import functools
-import operator
 from collections.abc import Callable
 
 import flax.struct
@@ -16,19 +15,14 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Bool, Float, Int
 
+from batchjax.engine import draw as draw_lib
 from batchjax.engine.sampling_inputs import SamplingFeatures
 from batchjax.types import SamplingInputs
 
-# Sums over the vocabulary are trees of this fan-out.
-_FAN_OUT = 16
-# exp(-60) and sums of such weights are normal numbers, which no device flushes to zero.
-_MIN_EXPONENT = -60.0
-# The reciprocals of smaller numbers overflow; rows this cold are greedy but for exact ties.
-_MIN_TEMPERATURE = 1e-30
 # Stands for NaN and infinity, which no later step has to mind; no model gives it.
 _LIMIT = float(jnp.finfo(jnp.float32).max)
-# Up to here the k-th largest weight comes from lax.top_k, above from a search over its bits.
-_MAX_SELECT = 1024
+# Up to so many tokens are struck out by comparing, more by a scatter.
+_MAX_COMPARED = 8
 
 
 @flax.struct.dataclass
@@ -109,8 +103,10 @@ def sample(logits: Float[Array, "R V"], inputs: SamplingInputs, positions: Int[A
   if features.greedy_only:
     tokens, highest = _argmax(logits)
     return tokens, _is_finite(highest)
-  highest = logits.max(axis=1)
-  tokens = _draw(logits, highest, inputs, positions, features)
+  columns = draw_lib.columns(logits)
+  maxima = functools.reduce(jnp.maximum, columns)
+  highest = maxima.max(axis=1)
+  tokens = draw_lib.draw(logits, maxima, highest, inputs, positions, features)
   if features.any_greedy:
     tokens = jnp.where(inputs.temperature == 0, _argmax(logits)[0], tokens)
   return tokens, _is_finite(highest)
@@ -165,9 +161,8 @@ def token_logprobs(logits: Float[Array, "R V"], tokens: Int[Array, "R"], num_top
     first among equals; both None if `num_top` is 0.
   """
   logits = _finite(logits.astype(jnp.float32))
-  highest = logits.max(axis=1)
-  weights = lax.optimization_barrier(_split(jnp.exp(logits - highest[:, None])))
-  _, total = _sum_tree(weights, jnp.zeros_like(highest))
+  highest = functools.reduce(jnp.maximum, draw_lib.columns(logits)).max(axis=1)
+  total = draw_lib.Weights(logits, highest, jnp.ones_like(highest)).mass(jnp.full_like(highest, -jnp.inf))
   log_normalizer = jnp.where(_is_finite(highest), highest + jnp.log(total), jnp.nan)
   chosen = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[:, None], axis=1)[:, 0]
   chosen = jnp.where(tokens < 0, jnp.nan, chosen - log_normalizer)
@@ -220,16 +215,16 @@ def _argmax(logits: Array) -> tuple[Array, Array]:
   Column by column first: reductions of (value, index) pairs, as in jnp.argmax,
   or of integers along rows take several times as long on CPUs.
   """
-  columns = _split(logits, -jnp.inf)
-  highest = columns[:, 0]
+  columns = draw_lib.columns(logits)
+  highest = columns[0]
   ids = jnp.zeros(highest.shape, jnp.int32)
-  for i in range(1, columns.shape[1]):
-    is_higher = columns[:, i] > highest
-    highest = jnp.where(is_higher, columns[:, i], highest)
+  for i, column in enumerate(columns[1:], start=1):
+    is_higher = column > highest
+    highest = jnp.where(is_higher, column, highest)
     ids = jnp.where(is_higher, i, ids)
   # Else GPUs fuse all this into the reduction below, and take twenty times as long.
   highest, ids = lax.optimization_barrier((highest, ids))
-  ids = ids * columns.shape[2] + lax.broadcasted_iota(jnp.int32, ids.shape, 1)
+  ids = ids * ids.shape[1] + lax.broadcasted_iota(jnp.int32, ids.shape, 1)
   best = highest.max(axis=1)
   return jnp.where(highest == best[:, None], ids, logits.shape[1]).min(axis=1), best
 
@@ -255,146 +250,12 @@ def _adjust(logits: Array, inputs: SamplingInputs, num_generated: Array,
     logits -= in_output * inputs.presence_penalty[:, None]
   if features.min_tokens and features.num_stop_ids:
     too_short = (num_generated < inputs.min_tokens)[:, None]
-    ids = _drop_null(jnp.where(too_short, inputs.stop_ids, -1), vocab_size)
-    logits = logits.at[rows, ids].set(-jnp.inf, mode="drop")
-  # A maximum is the same however it is computed; sums behind it must not be fused differently.
-  return _finite(logits) if features.greedy_only else lax.optimization_barrier(_finite(logits))
-
-
-def _draw(logits: Array, highest: Array, inputs: SamplingInputs, positions: Array,
-          features: SamplingFeatures) -> Array:
-  """Steps 5 to 7 of `sample`; `highest` is each row's largest logit.
-
-  The nucleus is never computed. A token is drawn from all that are left, and
-  it lies in the nucleus if the tokens more likely than it have less than
-  top_p of the mass. If not, neither it nor any less likely one does: they are
-  struck out and the draw is repeated. That is rejection sampling, so what it
-  accepts is distributed as the nucleus exactly. The pass over the vocabulary
-  that tests a token also sums the mass for its successor, and few are needed.
-  """
-  temperature = jnp.maximum(inputs.temperature, _MIN_TEMPERATURE)
-  exponents = (logits - highest[:, None]) / temperature[:, None]
-  weights = jnp.where(exponents < _MIN_EXPONENT, 0.0, jnp.exp(exponents))
-  weights = lax.optimization_barrier(_split(weights))
-  lowest = jnp.zeros_like(temperature)
-  if features.min_p:
-    lowest = inputs.min_p
-  if features.max_top_k:
-    kth = _kth_largest(weights, inputs.top_k, features.max_top_k)
-    lowest = jnp.maximum(lowest, jnp.where(inputs.top_k > 0, kth, 0.0))
-
-  row_keys = jax.vmap(_row_key)(inputs.seed, inputs.sample_index, positions)
-  tree, mass = _sum_tree(weights, lowest)
-  tokens = _descend(tree, lowest, row_keys, 0)
-  if not features.top_p:
-    return tokens
-  nucleus_mass = inputs.top_p * mass
-  always = inputs.top_p >= 1
-
-  def propose_again(carry):
-    attempt, tokens, _ = carry
-    above = _next_up(_leaf(weights, tokens))
-    tree, mass_above = _sum_tree(weights, above)
-    accepted = (mass_above < nucleus_mass) | (mass_above == 0) | always
-    again = _descend(tree, above, row_keys, attempt)
-    return attempt + 1, jnp.where(accepted, tokens, again), accepted
-
-  _, tokens, _ = lax.while_loop(lambda carry: ~carry[2].all(), propose_again, (1, tokens, always))
-  return tokens
-
-
-def _row_key(seed: Array, sample_index: Array, position: Array) -> Array:
-  key = jax.random.key(seed, impl="threefry2x32")
-  return jax.random.fold_in(jax.random.fold_in(key, sample_index), position)
-
-
-def _next_up(x: Array) -> Array:
-  """The next larger float32 of x >= 0."""
-  return lax.bitcast_convert_type(lax.bitcast_convert_type(x, jnp.int32) + 1, jnp.float32)
-
-
-def _kth_largest(weights: Array, k: Array, max_k: int) -> Array:
-  """The k-th largest of each row's weights f32[R, fan, C], each in [0, 1]."""
-  num_rows, fan, num_columns = weights.shape
-  k = jnp.clip(k, 1, fan * num_columns)[:, None]
-  if max_k <= _MAX_SELECT:
-    best, _ = _largest(weights.reshape(num_rows, -1), min(max_k, fan * num_columns))
-    return jnp.take_along_axis(best, k - 1, axis=1)[:, 0]
-  # Floats that are not negative order as their bits; the highest bits of 0 to 1 are zero.
-  bits = lax.bitcast_convert_type(weights, jnp.int32)
-
-  def decide_bit(i, kth):
-    candidate = kth | (1 << (29 - i))
-    # Counts below 2**24 are exact in float32, whose sums CPUs vectorise better.
-    num_above = (bits >= candidate[:, :, None]).astype(jnp.float32).sum(axis=(1, 2))
-    enough = num_above[:, None] >= k
-    return jnp.where(enough, candidate, kth)
-
-  kth = lax.fori_loop(0, 30, decide_bit, jnp.zeros((num_rows, 1), jnp.int32))
-  return lax.bitcast_convert_type(kth[:, 0], jnp.float32)
-
-
-def _largest(x: Array, k: int) -> tuple[Array, Array]:
-  """The k largest of each row of f32[R, N], none negative, in falling order; and their places.
-
-  They lie in the k columns with the largest maxima, which are found the same way: all that is
-  sorted is short.
-  """
-  if x.shape[1] <= 2 * _FAN_OUT * k:
-    return lax.top_k(x, k)
-  columns = _split(x, -1.0)
-  fan, num_columns = columns.shape[1:]
-  _, nodes = _largest(columns.max(axis=1), k)
-  best, at = lax.top_k(jnp.take_along_axis(columns, nodes[:, None], axis=2).reshape(len(x), -1), k)
-  places = nodes[:, None] + num_columns * jnp.arange(fan, dtype=nodes.dtype)[:, None]
-  return best, jnp.take_along_axis(places.reshape(len(x), -1), at, axis=1)
-
-
-def _split(x: Array, fill: float = 0.0) -> Array:
-  """f32[R, N] as [R, fan, C], `fill` at the end; element n lies in column n % C."""
-  num_rows, size = x.shape
-  fan = min(size, _FAN_OUT)
-  num_columns = -(-size // fan)
-  x = jnp.pad(x, ((0, 0), (0, fan * num_columns - size)), constant_values=fill)
-  return x.reshape(num_rows, fan, num_columns)
-
-
-def _sum_tree(weights: Array, lowest: Array) -> tuple[list[Array], Array]:
-  """A tree of sums of the weights f32[R, fan, C] that are at least `lowest`, and their total.
-
-  Level 0 is all weights, the last one the root's children. Entry c of a
-  level, before it is split, sums column c of the level below, written out
-  term by term: an order that no compiler changes.
-  """
-  levels = [weights]
-  kept = jnp.where(weights >= lowest[:, None, None], weights, 0.0)
-  while True:
-    sums = functools.reduce(operator.add, (kept[:, i] for i in range(kept.shape[1])))
-    if sums.shape[1] == 1:
-      return levels, sums[:, 0]
-    kept = _split(sums)
-    levels.append(kept)
-
-
-def _descend(tree: list[Array], lowest: Array, row_keys: Array, attempt: int | Array) -> Array:
-  """Draws a leaf in proportion to its weight: from the root, a child in proportion to its sum.
-
-  The child is drawn by the Gumbel maximum, which never takes one of weight 0.
-  Its random numbers are few: one for each child of the nodes on the way down.
-  """
-  shape = (len(tree), _FAN_OUT)
-  gumbel = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, attempt), shape))(row_keys)
-  node = jnp.zeros(len(row_keys), jnp.int32)
-  for i, level in enumerate(reversed(tree)):
-    children = jnp.take_along_axis(level, node[:, None, None], axis=2)[:, :, 0]
-    if level is tree[0]:
-      children = jnp.where(children >= lowest[:, None], children, 0.0)
-    child = jnp.argmax(jnp.log(children) + gumbel[:, i, :children.shape[1]], axis=1)
-    node = child.astype(jnp.int32) * level.shape[2] + node
-  return node
-
-
-def _leaf(weights: Array, tokens: Array) -> Array:
-  """f32[R], the weight of one token per row."""
-  num_rows, _, num_columns = weights.shape
-  return weights[jnp.arange(num_rows), tokens // num_columns, tokens % num_columns]
+    ids = jnp.where(too_short, inputs.stop_ids, -1)
+    if features.num_stop_ids <= _MAX_COMPARED:  # compared on the way, where a scatter copies
+      token = lax.broadcasted_iota(jnp.int32, (1, vocab_size), 1)
+      for i in range(features.num_stop_ids):
+        logits = jnp.where(token == ids[:, i:i + 1], -jnp.inf, logits)
+    else:
+      logits = logits.at[rows, _drop_null(ids, vocab_size)].set(-jnp.inf, mode="drop")
+  # Where sums were made, all that reads them must read the same ones.
+  return lax.optimization_barrier(_finite(logits)) if features.penalties else _finite(logits)

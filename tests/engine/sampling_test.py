@@ -10,6 +10,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from scipy import stats
 
+from batchjax.engine import draw as draw_lib
 from batchjax.engine import sampling
 from batchjax.engine.sampling_inputs import SamplingFeatures, pack_sampling
 from batchjax.types import SamplingParams
@@ -154,7 +155,7 @@ def test_combinations_stay_inside_what_is_kept(data):
     adjusted.append(adjusted_ref(row, params, prompts[-1], outputs[-1]))
   features = SamplingFeatures(
     greedy_only=False, any_greedy=True, max_top_k=64, top_p=True, min_p=True, penalties=True,
-    num_bias=3, min_tokens=True, num_stop_ids=3)
+    num_bias=4, min_tokens=True, num_stop_ids=4)
   state = sampling.PenaltyState.create(8, vocab_size, features)
   pad = lambda tokens: np.array(tokens + [-1] * (6 - len(tokens)), np.int32)
   for slot in range(8):
@@ -191,7 +192,7 @@ def test_rows_are_independent_bit_for_bit():
 def test_sums_are_independent_of_the_number_of_rows():
   # Text alone would hide a difference in the last bit.
   weights = np.random.default_rng(3).exponential(size=(33, 1001)).astype(np.float32)
-  total = jax.jit(lambda x: sampling._sum_tree(sampling._split(x), jnp.full(len(x), 0.1))[1])
+  total = jax.jit(lambda x: draw_lib.sum_tree(jnp.where(x >= 0.1, x, 0.0))[1])
   together = np.asarray(total(weights))
   for size in (1, 2, 3, 8, 32):
     np.testing.assert_array_equal(np.asarray(total(weights[:size])), together[:size])
@@ -305,7 +306,7 @@ def test_largest_finds_values_and_places(size, k):
   x[1, :] = 0.0
   x[1, rng.integers(0, size, 2)] = 0.5  # fewer than k above zero
   x[2] = np.round(x[2], 1)  # ties
-  best, places = jax.tree.map(np.asarray, jax.jit(sampling._largest, static_argnums=1)(x, k))
+  best, places = jax.tree.map(np.asarray, jax.jit(draw_lib.largest, static_argnums=1)(x, k))
   np.testing.assert_array_equal(best, -np.sort(-x, axis=1)[:, :k])
   np.testing.assert_array_equal(np.take_along_axis(x, places, axis=1), best)
   assert all(len(set(row)) == k for row in places)
@@ -316,7 +317,9 @@ def test_kth_largest_of_ties_and_zeros(max_k):
   weights = np.round(np.random.default_rng(0).random((9, 333)), 2).astype(np.float32)
   weights[:, 200:] = 0
   k = np.array([1, 2, 3, 5, 8, 13, 15, 16, 16]) * max_k // 16
-  got = sampling._kth_largest(sampling._split(jnp.asarray(weights)), jnp.asarray(k), max_k)
+  weights -= 0.5  # both signs
+  maxima = functools.reduce(jnp.maximum, draw_lib.columns(jnp.asarray(weights)))
+  got = draw_lib.kth_largest(jnp.asarray(weights), maxima, jnp.asarray(k), max_k)
   want = np.sort(weights, axis=1)[:, ::-1][np.arange(9), np.minimum(k, 333) - 1]
   np.testing.assert_array_equal(got, want)
 
