@@ -32,16 +32,17 @@ class Weights(NamedTuple):
   """What each token of a row weighs: exp((logit - highest) / temperature), never held as a whole.
 
   Every pass over the vocabulary makes the weights anew from the logits, which is less to read
-  and write than to keep them. Tokens are told apart by their logits, which are the same in every pass.
+  and write than to keep them. Tokens are told apart by their logits, which are the same in every
+  pass. Such a pass is bound by its arithmetic on GPUs, which is why nothing is divided here.
   """
 
   logits: Array
   highest: Array
-  temperature: Array
+  coldness: Array  # 1 / temperature
 
   def of(self, logits: Array, lowest: Array) -> Array:
-    """Weights of some of each row's logits f32[R, n]; 0 below `lowest` f32[R]."""
-    exponents = (logits - self.highest[:, None]) / self.temperature[:, None]
+    """Weights of some of each row's logits f32[R, n]; 0 below `lowest` f32[R] and where it is NaN."""
+    exponents = (logits - self.highest[:, None]) * self.coldness[:, None]
     kept = (logits >= lowest[:, None]) & (exponents >= _MIN_EXPONENT)
     return jnp.where(kept, jnp.exp(exponents), 0.0)
 
@@ -74,7 +75,7 @@ def draw(logits: Array, maxima: Array, highest: Array, inputs: SamplingInputs, p
     kth = kth_largest(logits, maxima, inputs.top_k, features.max_top_k)
     lowest = jnp.maximum(lowest, jnp.where(inputs.top_k > 0, kth, -jnp.inf))
 
-  weights = Weights(logits, highest, temperature)
+  weights = Weights(logits, highest, 1 / temperature)
   row_keys = jax.vmap(_row_key)(inputs.seed, inputs.sample_index, positions)
   attempts = jnp.zeros(highest.shape, jnp.int32)
   tree, mass = sum_tree(weights.sums(lowest))
@@ -125,9 +126,12 @@ def kth_largest(logits: Array, maxima: Array, k: Array, max_k: int) -> Array:
   """The k-th largest of each row of f32[R, V]; `maxima` are those of its `columns`."""
   vocab_size = logits.shape[1]
   k = jnp.clip(k, 1, vocab_size)[:, None]
-  if max_k <= _MAX_SELECT:
-    best, _ = largest(logits, min(max_k, vocab_size), maxima)
-    return jnp.take_along_axis(best, k - 1, axis=1)[:, 0]
+  if vocab_size <= 2 * _FAN_OUT * max_k <= 2 * _FAN_OUT * _MAX_SELECT:
+    return jnp.take_along_axis(lax.top_k(logits, min(max_k, vocab_size))[0], k - 1, axis=1)[:, 0]
+  if max_k <= _MAX_SELECT:  # they lie in the columns with the largest maxima
+    _, nodes = largest(maxima, max_k)
+    places = nodes[:, None] + maxima.shape[1] * jnp.arange(_FAN_OUT, dtype=nodes.dtype)[:, None]
+    return jnp.take_along_axis(_best_of(logits, places, max_k)[0], k - 1, axis=1)[:, 0]
   # As integers in the order of the floats.
   bits = lax.bitcast_convert_type(logits, jnp.int32)
   keys = bits ^ ((bits >> 31) & jnp.int32(2**31 - 1))
@@ -143,17 +147,25 @@ def kth_largest(logits: Array, maxima: Array, k: Array, max_k: int) -> Array:
   return lax.bitcast_convert_type(kth[:, 0], jnp.float32)
 
 
-def largest(x: Array, k: int, maxima: Array | None = None) -> tuple[Array, Array]:
-  """The k largest of each row of f32[R, N], in falling order; and their places.
+def largest(x: Array, k: int) -> tuple[Array, Array]:
+  """The k largest of each row of f32[R, N], in falling order; and their places, the lowest among equals.
 
-  They lie in the k columns with the largest maxima, which are found the same way: all that is
+  They lie in the k blocks with the largest maxima, which are found the same way: all that is
   sorted is short.
   """
-  if x.shape[1] <= 2 * _FAN_OUT * k:
+  size = x.shape[1]
+  if size <= 2 * _FAN_OUT * k:
     return lax.top_k(x, k)
-  maxima = functools.reduce(jnp.maximum, columns(x)) if maxima is None else maxima
-  _, nodes = largest(maxima, k)
-  places = nodes[:, None] + maxima.shape[1] * jnp.arange(_FAN_OUT, dtype=nodes.dtype)[:, None]
+  num_blocks = -(-size // _FAN_OUT)
+  blocks = jnp.pad(x, ((0, 0), (0, num_blocks * _FAN_OUT - size)), constant_values=-jnp.inf)
+  _, nodes = largest(blocks.reshape(len(x), num_blocks, _FAN_OUT).max(axis=2), k)
+  # In the order of places: the sort is stable.
+  places = _FAN_OUT * jnp.sort(nodes, axis=1)[:, :, None] + jnp.arange(_FAN_OUT, dtype=nodes.dtype)
+  return _best_of(x, places, k)
+
+
+def _best_of(x: Array, places: Array, k: int) -> tuple[Array, Array]:
+  """The k largest of those of each row's values f32[R, N] that are at `places` i32[R, ...]."""
   places = places.reshape(len(x), -1)
   found = jnp.take_along_axis(x, jnp.minimum(places, x.shape[1] - 1), axis=1)
   best, at = lax.top_k(jnp.where(places < x.shape[1], found, -jnp.inf), k)

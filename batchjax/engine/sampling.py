@@ -103,8 +103,7 @@ def sample(logits: Float[Array, "R V"], inputs: SamplingInputs, positions: Int[A
   if features.greedy_only:
     tokens, highest = _argmax(logits)
     return tokens, _is_finite(highest)
-  columns = draw_lib.columns(logits)
-  maxima = functools.reduce(jnp.maximum, columns)
+  maxima = functools.reduce(jnp.maximum, map(_finite, draw_lib.columns(logits)))
   highest = maxima.max(axis=1)
   tokens = draw_lib.draw(logits, maxima, highest, inputs, positions, features)
   if features.any_greedy:
@@ -160,16 +159,16 @@ def token_logprobs(logits: Float[Array, "R V"], tokens: Int[Array, "R"], num_top
     log-probabilities f32[R, num_top] of the most likely ones, the lowest id
     first among equals; both None if `num_top` is 0.
   """
-  logits = _finite(logits.astype(jnp.float32))
-  highest = functools.reduce(jnp.maximum, draw_lib.columns(logits)).max(axis=1)
+  logits = logits.astype(jnp.float32)
+  highest = functools.reduce(jnp.maximum, map(_finite, draw_lib.columns(logits))).max(axis=1)
   total = draw_lib.Weights(logits, highest, jnp.ones_like(highest)).mass(jnp.full_like(highest, -jnp.inf))
   log_normalizer = jnp.where(_is_finite(highest), highest + jnp.log(total), jnp.nan)
   chosen = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[:, None], axis=1)[:, 0]
-  chosen = jnp.where(tokens < 0, jnp.nan, chosen - log_normalizer)
+  chosen = jnp.where(tokens < 0, jnp.nan, _finite(chosen) - log_normalizer)
   if not num_top:
     return chosen, None, None
-  top_logits, top_ids = lax.top_k(logits, num_top)
-  return chosen, top_ids, top_logits - log_normalizer[:, None]
+  top_logits, top_ids = draw_lib.largest(logits, num_top)
+  return chosen, top_ids, _finite(top_logits) - log_normalizer[:, None]
 
 
 def prompt_logprobs(hidden: Float[Array, "T D"], next_tokens: Int[Array, "T"],
@@ -215,7 +214,7 @@ def _argmax(logits: Array) -> tuple[Array, Array]:
   Column by column first: reductions of (value, index) pairs, as in jnp.argmax,
   or of integers along rows take several times as long on CPUs.
   """
-  columns = draw_lib.columns(logits)
+  columns = [_finite(column) for column in draw_lib.columns(logits)]
   highest = columns[0]
   ids = jnp.zeros(highest.shape, jnp.int32)
   for i, column in enumerate(columns[1:], start=1):
@@ -232,7 +231,7 @@ def _argmax(logits: Array) -> tuple[Array, Array]:
 def _adjust(logits: Array, inputs: SamplingInputs, num_generated: Array,
             features: SamplingFeatures, penalties: PenaltyState | None,
             slots: Array | None) -> Array:
-  """Steps 1 to 4 of `sample`; the result is finite."""
+  """Steps 1 to 4 of `sample`."""
   num_rows, vocab_size = logits.shape
   rows = jnp.arange(num_rows)[:, None]
   if features.num_bias:
@@ -258,4 +257,4 @@ def _adjust(logits: Array, inputs: SamplingInputs, num_generated: Array,
     else:
       logits = logits.at[rows, _drop_null(ids, vocab_size)].set(-jnp.inf, mode="drop")
   # Where sums were made, all that reads them must read the same ones.
-  return lax.optimization_barrier(_finite(logits)) if features.penalties else _finite(logits)
+  return lax.optimization_barrier(logits) if features.penalties else logits
