@@ -161,8 +161,7 @@ def _complete(job: job_lib.Job, requests: RequestReader, left: np.ndarray,
         job.append_error(row.index, output.format_error(error, job_id=job.id))
       else:
         job.append(row.index, output.format_completion(
-            row, completion, decode_fn=tokenizer.decode, token_bytes_fn=tokenizer.token_bytes,
-            job_id=job.id))
+            row, completion, tokenizer=tokenizer, job_id=job.id))
       recorder.finish(row, completion)
 
 

@@ -24,6 +24,14 @@ class FakeTokenizer:
     """The character's byte; nothing for the end token."""
     return _CHARS[token_id - 1].encode() if token_id else b""
 
+  def token_name(self, token_id: int) -> bytes:
+    """The character's byte, or the end token's name."""
+    return self.token_bytes(token_id) or b"<end>"
+
+  def text_pieces(self, token_ids: Sequence[int], echoed: Sequence[int] = ()) -> list[bytes]:
+    """What each token adds to the text of a completion."""
+    return [*map(self.token_name, echoed), *map(self.token_bytes, token_ids)]
+
   def decode(self, token_ids: Iterable[int], *, is_continuation: bool = False) -> str:
     """The characters, one after the other."""
     return b"".join(map(self.token_bytes, token_ids)).decode()

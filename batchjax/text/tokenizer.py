@@ -37,6 +37,8 @@ class Tokenizer:
     self.eos_token_ids = vocab.eos_token_ids
     self.eos_token_id = vocab.eos_token_ids[0] if vocab.eos_token_ids else None
     self.chat_template = vocab.chat_template
+    self._adds_bos = self.bos_token_id is not None and (
+        self.encode("")[:1] == [self.bos_token_id])
 
   @property
   def vocab_size(self) -> int:
@@ -80,6 +82,26 @@ class Tokenizer:
     A SentencePiece token keeps its leading space; `decode` drops it at the start of a text.
     """
     return b"" if token_id in self.special_ids else self._piece(token_id)
+
+  def token_name(self, token_id: int) -> bytes:
+    """The token's bytes; those of a special token spell its name; none outside the vocabulary."""
+    return self._piece(token_id)
+
+  def text_pieces(self, token_ids: Sequence[int], echoed: Sequence[int] = ()) -> list[bytes]:
+    """What each token adds to the text of a completion.
+
+    Args:
+      token_ids: the generated ones; special tokens among them add nothing.
+      echoed: the prompt's, whose text comes first; its special tokens are spelled, less a BOS
+        that `encode` puts before every text. Empty where the prompt is not echoed.
+    """
+    pieces = [self._piece(i) for i in echoed]
+    if self._adds_bos and pieces and echoed[0] == self.bos_token_id:
+      pieces[0] = b""
+    first = next((i for i, piece in enumerate(pieces) if piece), None)
+    if self.has_space_prefix and first is not None:
+      pieces[first] = pieces[first].removeprefix(b" ")
+    return pieces + [self.token_bytes(i) for i in token_ids]
 
   def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True, *,
              is_continuation: bool = False) -> str:

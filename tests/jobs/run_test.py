@@ -77,12 +77,12 @@ class StoppingTokenizer(FakeTokenizer):
   def __init__(self):
     self.num_decoded = 0
 
-  def decode(self, token_ids, *, is_continuation=False):
+  def text_pieces(self, token_ids, echoed=()):
     self.num_decoded += 1
     if self.num_decoded == 3:
       for _ in range(self.num_signals):
         os.kill(os.getpid(), signal.SIGTERM)
-    return super().decode(token_ids, is_continuation=is_continuation)
+    return super().text_pieces(token_ids, echoed)
 
 
 def test_a_signal_keeps_the_step_and_the_job_goes_on(tmp_path, cache, undisturbed, sigterm):
