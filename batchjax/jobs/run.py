@@ -54,7 +54,7 @@ def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str
   error_path = error_path or default_error_path(output_path)
   _check_paths(input_path, output_path, error_path)
   with stop_on_signal() as stop:
-    model_config, tokenizer = loaders.config(config.model), loaders.tokenizer(config.model)
+    model_config, tokenizer = loaders.read(config.model)
     configure_jax()
     device = jax.devices()[0]
     config = dataclasses.replace(config, engine=settle(
@@ -133,7 +133,7 @@ def _complete(job: job_lib.Job, requests: RequestReader, left: np.ndarray,
   engine = config.engine
   stop_table = _stop_table(requests, model_config, tokenizer)
   device = jax.devices()[0]
-  model = loaders.model(config.model)
+  model = loaders.load(config.model, model_config)
   features = SamplingFeatures.of((r.sampling_params for r in requests),
                                  model.config.eos_token_ids)
   num_errors = len(prepared.errors)

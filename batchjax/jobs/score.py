@@ -20,7 +20,7 @@ def score_file(config: JobConfig, input_path: str, output_path: str,
     InputError: a path cannot be read or written.
   """
   files.check_output(output_path)
-  model_config, tokenizer = loaders.config(config.model), loaders.tokenizer(config.model)
+  model_config, tokenizer = loaders.read(config.model)
   requests: dict[str, ScoreRequest] = {}
   for record in records.read(input_path):
     request = _parse(record, model_config, tokenizer)
@@ -30,7 +30,7 @@ def score_file(config: JobConfig, input_path: str, output_path: str,
     requests[request.request_id] = request
   configure_jax()
   scores = {s.request_id: s for s in score(
-      loaders.model(config.model), requests.values(), config.engine,
+      loaders.load(config.model, model_config), requests.values(), config.engine,
       module_class=loaders.module_class)}
   files.write_rows(files.Path(output_path), [
       {"id": name, "logprob": scores[name].total, "num_tokens": len(scores[name].logprobs),

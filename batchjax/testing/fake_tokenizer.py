@@ -1,6 +1,6 @@
 """A tokenizer of one token per character, with the interface of `text.Tokenizer`."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 
 _CHARS = [chr(code) for code in range(32, 127)] + ["\n"]
 
@@ -9,8 +9,15 @@ class FakeTokenizer:
   """Ids 1 to 96 are the printable ASCII characters and the line break; 0 ends a text."""
 
   bos_token = eos_token = ""
+  eos_token_ids = ()
+  special_tokens: Mapping[str, str] = {}
   chat_template = None
   vocab_size = 1 + len(_CHARS)
+
+  @property
+  def chat_templates(self) -> Mapping[str, str]:
+    """The one template, if there is one."""
+    return {"default": self.chat_template} if self.chat_template else {}
 
   def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
     """One id for each character; others are read as "?"."""

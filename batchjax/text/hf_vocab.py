@@ -8,7 +8,7 @@ from typing import Any
 import tokenizers
 from tokenizers import processors
 
-from batchjax.text.vocab import Vocab, read_folder_config, read_json
+from batchjax.text.vocab import Vocab, end_tokens, read_folder_config, read_json
 
 # Texts handed to the library at a time: its encodings weigh many times what their ids do.
 _CHUNK = 4096
@@ -54,14 +54,15 @@ def read_tokenizer_json(path: Path) -> Vocab:
     is_literal = i in added and (is_byte_level or added[i].special)
     pieces[i] = token.encode() if is_literal else to_bytes(token)
 
-  bos_token_id = _token_id(backend, config.bos_token, path)
-  eos_token_id = _token_id(backend, config.eos_token, path)
+  bos_token, eos_token = map(config.special_tokens.get, ("bos_token", "eos_token"))
+  bos_token_id = _token_id(backend, bos_token, path)
+  eos_token_id = _token_id(backend, eos_token, path)
   if config.adds_bos is not None:
-    _set_adds_bos(backend, config.bos_token, bos_token_id, config.adds_bos)
-  eos_ids = (() if eos_token_id is None else (eos_token_id,)) + config.eos_token_ids
+    _set_adds_bos(backend, bos_token, bos_token_id, config.adds_bos)
   return Vocab(TokenizersCodec(backend), pieces,
                frozenset(i for i, token in added.items() if token.special), has_space_prefix,
-               bos_token_id, tuple(dict.fromkeys(eos_ids)), config.chat_template)
+               bos_token_id, end_tokens(eos_token_id, backend.token_to_id, *config.eos_token_ids),
+               config.special_tokens, config.chat_templates)
 
 
 def bos_processor(bos_token: str, bos_token_id: int) -> processors.PostProcessor:

@@ -7,7 +7,7 @@ from pathlib import Path
 import sentencepiece
 
 from batchjax.text.hf_vocab import metaspace_bytes
-from batchjax.text.vocab import Vocab, read_folder_config
+from batchjax.text.vocab import Vocab, end_tokens, read_folder_config
 
 
 class SentencePieceCodec:
@@ -72,20 +72,22 @@ def read_sentencepiece(path: Path) -> Vocab:
       special.add(token_id)
   ids = {token: i for i, token in enumerate(tokens)}
 
-  bos_token_id = _token_id(ids, config.bos_token, processor.bos_id(), path)
-  eos_token_id = _token_id(ids, config.eos_token, processor.eos_id(), path)
+  own = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(),
+         "unk_token": processor.unk_id(), "pad_token": processor.pad_id()}
+  special_tokens = {name: tokens[i] for name, i in own.items() if i >= 0} | config.special_tokens
+  bos_token_id = _token_id(ids, special_tokens.get("bos_token"), path)
+  eos_token_id = _token_id(ids, special_tokens.get("eos_token"), path)
   adds_bos = config.adds_bos is not False and bos_token_id is not None
-  eos_ids = (() if eos_token_id is None else (eos_token_id,)) + config.eos_token_ids
   codec = SentencePieceCodec(processor, split_ids, [bos_token_id] if adds_bos else [])
   return Vocab(codec, [metaspace_bytes(token) for token in tokens], frozenset(special),
                processor.normalize("a").startswith("▁"), bos_token_id,
-               tuple(dict.fromkeys(eos_ids)), config.chat_template)
+               end_tokens(eos_token_id, ids.get, *config.eos_token_ids), special_tokens,
+               config.chat_templates)
 
 
-def _token_id(ids: Mapping[str, int], token: str | None, default: int, path: Path) -> int | None:
-  """Id of the token that the configuration names, else the model's own (-1: it has none)."""
+def _token_id(ids: Mapping[str, int], token: str | None, path: Path) -> int | None:
   if token is None:
-    return default if default >= 0 else None
+    return None
   if token not in ids:
     raise ValueError(f"{path} lacks the token {token!r} that its tokenizer_config.json names")
   return ids[token]

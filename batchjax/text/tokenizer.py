@@ -24,8 +24,9 @@ class Tokenizer:
     special_ids: tokens that are no text, as BOS or the marks of a chat turn.
     has_space_prefix: the encoder puts a space before a text (SentencePiece).
     bos_token_id, eos_token_id: None where the model has no such token.
-    eos_token_ids: all tokens that end a text, `eos_token_id` first.
-    chat_template: jinja2 source for `chat.render`, or None.
+    eos_token_ids: all tokens that end a text or a turn, `eos_token_id` first.
+    special_tokens: text of the tokens that have a role, as templates name them ("pad_token").
+    chat_templates: jinja2 sources by name; `chat_template` is the one called "default", or None.
   """
 
   def __init__(self, vocab: Vocab):
@@ -36,7 +37,9 @@ class Tokenizer:
     self.bos_token_id = vocab.bos_token_id
     self.eos_token_ids = vocab.eos_token_ids
     self.eos_token_id = vocab.eos_token_ids[0] if vocab.eos_token_ids else None
-    self.chat_template = vocab.chat_template
+    self.special_tokens = vocab.special_tokens
+    self.chat_templates = vocab.chat_templates
+    self.chat_template = vocab.chat_templates.get("default")
     self._adds_bos = self.bos_token_id is not None and (
         self.encode("")[:1] == [self.bos_token_id])
 

@@ -2,7 +2,7 @@
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
 
@@ -28,8 +28,9 @@ class Vocab:
     special_ids: tokens that are no text: left out when a text is decoded.
     has_space_prefix: the encoder puts a space before a text, so decoding a whole text drops it.
     bos_token_id: None where the model has no such token.
-    eos_token_ids: tokens that end a text, the main one first.
-    chat_template: jinja2 source, or None.
+    eos_token_ids: tokens that end a text or a turn, the main one first.
+    special_tokens: text of the tokens that have a role, as templates name them ("pad_token").
+    chat_templates: jinja2 sources by name; chat takes "default", with tools "tool_use".
   """
 
   codec: Codec
@@ -38,7 +39,8 @@ class Vocab:
   has_space_prefix: bool
   bos_token_id: int | None
   eos_token_ids: tuple[int, ...]
-  chat_template: str | None
+  special_tokens: Mapping[str, str]
+  chat_templates: Mapping[str, str]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,18 +48,16 @@ class FolderConfig:
   """What the JSON files beside a Hugging Face tokenizer say.
 
   Attributes:
-    bos_token, eos_token: their text, or None.
+    special_tokens, chat_templates: as in `Vocab`.
     eos_token_ids: of generation_config.json.
     adds_bos: whether encoding puts BOS first; None leaves it to the tokenizer's own file.
-    chat_template: jinja2 source, or None.
     added_tokens: id to (text, is special).
   """
 
-  bos_token: str | None
-  eos_token: str | None
+  special_tokens: Mapping[str, str]
+  chat_templates: Mapping[str, str]
   eos_token_ids: tuple[int, ...]
   adds_bos: bool | None
-  chat_template: str | None
   added_tokens: Mapping[int, tuple[str, bool]]
 
 
@@ -68,17 +68,11 @@ def read_folder_config(folder: Path) -> FolderConfig:
   eos_ids = read_json(folder / "generation_config.json").get("eos_token_id")
   if eos_ids is None:
     eos_ids = []
-  template_file = folder / "chat_template.jinja"
-  if template_file.exists():
-    template = template_file.read_text(encoding="utf-8")
-  else:
-    template = _default_template(config.get("chat_template"))
   return FolderConfig(
-    bos_token=_token_text(config.get("bos_token")),
-    eos_token=_token_text(config.get("eos_token")),
+    special_tokens=_special_tokens(config),
+    chat_templates=_chat_templates(folder, config.get("chat_template")),
     eos_token_ids=tuple(eos_ids) if isinstance(eos_ids, list) else (eos_ids,),
     adds_bos=config.get("add_bos_token"),
-    chat_template=template,
     added_tokens={int(i): (token["content"], token.get("special", False))
                   for i, token in config.get("added_tokens_decoder", {}).items()})
 
@@ -93,12 +87,37 @@ def read_json(path: Path) -> dict[str, Any]:
     raise ValueError(f"{path} is not JSON: {error}") from error
 
 
-def _token_text(token: str | dict[str, Any] | None) -> str | None:
-  return token["content"] if isinstance(token, dict) else token
+def end_tokens(main: int | None, id_of: Callable[[str], int | None],
+               *others: int | None) -> tuple[int, ...]:
+  """Tokens that end a text: the main one, those that end a turn by their name, others; no None."""
+  ids = [main, *map(id_of, _ENDS_OF_TURN), *others]
+  return tuple(dict.fromkeys(i for i in ids if i is not None))
 
 
-def _default_template(template: str | list[dict[str, str]] | None) -> str | None:
-  """Some models carry several named templates; chat takes the one called "default"."""
-  if isinstance(template, list):
-    return {entry["name"]: entry["template"] for entry in template}.get("default")
-  return template
+# What ends a turn in the models that have one: ChatML, Llama 3 and 4, Gemma, OpenChat. Folders of
+# tuned models often name only the end of a text, which the model then never writes.
+_ENDS_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|eom|>", "<end_of_turn>",
+                 "<|end_of_turn|>")
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+  """All `..._token` settings that name a token; models have some of their own, as `image_token`."""
+  named = config
+  for key in ("extra_special_tokens", "model_specific_special_tokens"):
+    named = {**named, **extra} if isinstance(extra := config.get(key), dict) else named
+  texts = {name: token["content"] if isinstance(token, dict) and "content" in token else token
+           for name, token in named.items() if name.endswith("_token")}
+  return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def _chat_templates(folder: Path, setting: str | list[dict[str, str]] | None) -> dict[str, str]:
+  """Templates in files of their own, else those of tokenizer_config.json, one or a named list."""
+  files = {"default": folder / "chat_template.jinja"}
+  files |= {path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
+  templates = {name: path.read_text(encoding="utf-8")
+               for name, path in files.items() if path.exists()}
+  if templates or setting is None:
+    return templates
+  if isinstance(setting, list):
+    return {entry["name"]: entry["template"] for entry in setting}
+  return {"default": setting}

@@ -54,6 +54,9 @@ def test_config_beside_the_model(sentencepiece_model, tmp_path, processor):
   assert tokenizer.vocab_size == num_pieces + 2
   assert (tokenizer.bos_token, tokenizer.eos_token_id) == ("<s>", num_pieces)
   assert tokenizer.chat_template == "t"
+  assert tokenizer.eos_token_ids == (num_pieces,)
+  assert tokenizer.special_tokens == {"bos_token": "<s>", "eos_token": "<|im_end|>",
+                                      "unk_token": "<unk>"}
   ids = tokenizer.encode("the<tool>the<|im_end|>")
   assert ids == [*processor.encode("the"), num_pieces + 1, *processor.encode("the"), num_pieces]
   assert tokenizer.decode(ids) == "the<tool> the"
