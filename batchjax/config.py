@@ -184,6 +184,8 @@ class ModelSource:
     name: what requests call it in their `model` field; "" accepts any name.
     dtype: parameters, activations and KV are held in this type.
     tokenizer: path of the tokenizer where it is not beside the weights.
+    split_special_tokens: names of special tokens in rows' prompts and messages are ordinary text,
+      for rows that are not trusted; those that a chat template writes stay tokens.
   """
 
   path: str = ""
@@ -193,6 +195,7 @@ class ModelSource:
   name: str = ""
   dtype: Literal["float32", "bfloat16", "float16"] = "float32"
   tokenizer: str = ""
+  split_special_tokens: bool = False
 
   def __post_init__(self):
     if self.format == "random":

@@ -3,7 +3,7 @@
 import dataclasses
 import itertools
 import pathlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import numpy as np
 
@@ -14,6 +14,7 @@ from batchjax.io.records import RowError
 from batchjax.io.store import RequestReader, RequestWriter
 from batchjax.plan.memory import num_kv_pages
 from batchjax.text import chat
+from batchjax.text.messages import MessageError
 from batchjax.text.tokenizer import Tokenizer
 
 _BATCH_ROWS = 2048
@@ -53,10 +54,11 @@ def prepare(input_path: str, store_path: pathlib.Path, config: JobConfig, model:
     ConfigError: the chat template cannot be read or compiled.
   """
   try:
-    source = tokenizer.chat_template
+    sources = tokenizer.chat_templates
     if config.chat_template:
-      source = pathlib.Path(config.chat_template).expanduser().read_text("utf-8")
-    template = chat.compile_template(source) if source else None
+      sources = {"default": pathlib.Path(config.chat_template).expanduser().read_text("utf-8")}
+    templates = {name: chat.compile_template(source) for name, source in sources.items()
+                 if name in ("default", "tool_use")}
   except (OSError, ValueError) as e:
     raise ConfigError(f"chat_template={config.chat_template!r}: {e}") from e
   rows = (validate.parse(record, defaults=config.sampling, model_name=config.model.name,
@@ -66,7 +68,7 @@ def prepare(input_path: str, store_path: pathlib.Path, config: JobConfig, model:
   with RequestWriter(store_path) as store:
     for batch in _batches(rows):
       num_rows += len(batch)
-      for row, token_ids in zip(batch, _tokenize(batch, template, tokenizer)):
+      for row, token_ids in zip(batch, _tokenize(batch, templates, tokenizer)):
         error = token_ids if isinstance(token_ids, RowError) else (
             duplicates.check(row) or validate.check_prompt(row, token_ids, model.vocab_size,
                                                            model.max_len)
@@ -85,31 +87,33 @@ def _batches(rows: Iterator[validate.Row | RowError]) -> Iterator[list[validate.
     yield batch
 
 
-def _tokenize(rows: list[validate.Row | RowError], template, tokenizer: Tokenizer
-              ) -> list[np.ndarray | RowError]:
+def _tokenize(rows: list[validate.Row | RowError], templates: Mapping[str, chat.ChatTemplate],
+              tokenizer: Tokenizer) -> list[np.ndarray | RowError]:
   """Token ids of each row, or its error."""
-  texts: dict[bool, dict[int, str]] = {True: {}, False: {}}  # by whether special tokens are added
+  prompts: dict[int, str] = {}
+  chats: dict[int, str] = {}
   results: list[np.ndarray | RowError | None] = [None] * len(rows)
   for i, row in enumerate(rows):
     if isinstance(row, RowError):
       results[i] = row
     elif isinstance(row.prompt, str):
-      texts[True][i] = row.prompt
+      prompts[i] = row.prompt
     elif isinstance(row.prompt, np.ndarray):
       results[i] = row.prompt
-    elif template is None:
+    elif (template := chat.choose(templates, row.tools)) is None:
       results[i] = _error(row, "messages", "the model has no chat template: give a prompt, or set "
                           "chat_template in the configuration", "unsupported")
     else:
       try:  # a template may refuse messages, which concerns this row alone
-        texts[False][i] = chat.render(
-            template, row.prompt, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token,
-            tools=row.tools, **row.chat_template_kwargs)
+        chats[i] = chat.render(
+            template, row.prompt, tools=row.tools, special_tokens=tokenizer.special_tokens,
+            special_text=tokenizer.special_text, **row.chat_template_kwargs)
+      except MessageError as e:
+        results[i] = _error(row, e.field, str(e), e.code)
       except ValueError as e:
         results[i] = _error(row, "messages", str(e), "invalid_value")
-  for add_special_tokens, chosen in texts.items():
-    encoded = tokenizer.encode_batch(list(chosen.values()), add_special_tokens=add_special_tokens)
-    for i, token_ids in zip(chosen, encoded):
+  for chosen, encode_fn in ((prompts, tokenizer.encode_batch), (chats, tokenizer.encode_chat)):
+    for i, token_ids in zip(chosen, encode_fn(list(chosen.values()))):
       results[i] = np.array(token_ids, np.int32)
   return results
 

@@ -11,6 +11,7 @@ class FakeTokenizer:
   bos_token = eos_token = ""
   eos_token_ids = ()
   special_tokens: Mapping[str, str] = {}
+  special_text = None
   chat_template = None
   vocab_size = 1 + len(_CHARS)
 
@@ -26,6 +27,10 @@ class FakeTokenizer:
   def encode_batch(self, texts: Sequence[str], add_special_tokens: bool = True) -> list[list[int]]:
     """`encode` of many texts."""
     return [self.encode(text) for text in texts]
+
+  def encode_chat(self, texts: Sequence[str]) -> list[list[int]]:
+    """The same of what a template wrote."""
+    return self.encode_batch(texts, add_special_tokens=False)
 
   def token_bytes(self, token_id: int) -> bytes:
     """The character's byte; nothing for the end token."""

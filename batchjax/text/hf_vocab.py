@@ -1,6 +1,8 @@
 """Vocabularies that the `tokenizers` library runs: tokenizer.json, and those built in memory."""
 
+import functools
 import re
+import secrets
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,14 +23,43 @@ class TokenizersCodec:
     backend.no_truncation()
     backend.no_padding()
     self._backend = backend
+    self.special_names = {token.content: i for i, token in
+                          backend.get_added_tokens_decoder().items() if token.special}
 
   def encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
-    chunks = (list(texts[start:start + _CHUNK]) for start in range(0, len(texts), _CHUNK))
-    return [encoding.ids for chunk in chunks for encoding in self._backend.encode_batch_fast(
-        chunk, add_special_tokens=add_special_tokens)]
+    return _encode(self._backend, texts, add_special_tokens)
+
+  def encode_sections(self, rows: Sequence[Sequence[str]],
+                      add_special_tokens: bool) -> list[list[int]]:
+    backend, marks, ids = self._plain
+    texts = ["".join(marks[part] if i % 2 else part for i, part in enumerate(row)) for row in rows]
+    return [[ids.get(i, i) for i in row] for row in _encode(backend, texts, add_special_tokens)]
 
   def to_json(self) -> str:
     return self._backend.to_str()
+
+  @functools.cached_property
+  def _plain(self) -> tuple[tokenizers.Tokenizer, dict[str, str], dict[int, int]]:
+    """A copy that reads no names; marks that stand for them, and the ids for those of the marks."""
+    backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+    backend.encode_special_tokens = True
+    secret = secrets.token_hex(8)  # no text can spell a mark
+    marks, ids = {}, {}
+    for i, token in self._backend.get_added_tokens_decoder().items():
+      if token.special:
+        marks[token.content] = f"\U000f0000{secret}.{i}\U000f0001"
+        backend.add_tokens([tokenizers.AddedToken(
+            marks[token.content], lstrip=token.lstrip, rstrip=token.rstrip,
+            single_word=token.single_word, normalized=False)])
+        ids[backend.token_to_id(marks[token.content])] = i
+    return backend, marks, ids
+
+
+def _encode(backend: tokenizers.Tokenizer, texts: Sequence[str],
+            add_special_tokens: bool) -> list[list[int]]:
+  chunks = (list(texts[start:start + _CHUNK]) for start in range(0, len(texts), _CHUNK))
+  return [encoding.ids for chunk in chunks for encoding in backend.encode_batch_fast(
+      chunk, add_special_tokens=add_special_tokens)]
 
 
 def read_tokenizer_json(path: Path) -> Vocab:

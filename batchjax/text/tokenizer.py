@@ -6,6 +6,7 @@ from pathlib import Path
 from batchjax.text.gguf_vocab import read_gguf
 from batchjax.text.hf_vocab import read_tokenizer_json
 from batchjax.text.sentencepiece_vocab import read_sentencepiece
+from batchjax.text.special_text import SpecialText
 from batchjax.text.vocab import Vocab
 
 _READERS = {".json": read_tokenizer_json, ".model": read_sentencepiece, ".gguf": read_gguf}
@@ -27,10 +28,19 @@ class Tokenizer:
     eos_token_ids: all tokens that end a text or a turn, `eos_token_id` first.
     special_tokens: text of the tokens that have a role, as templates name them ("pad_token").
     chat_templates: jinja2 sources by name; `chat_template` is the one called "default", or None.
+    special_text: for `chat.render`, where names of special tokens in messages are text; or None.
+
+  Args:
+    vocab: a tokenizer file, read.
+    split_special_tokens: names of special tokens in prompts and messages are text; those that a
+      chat template writes stay tokens.
   """
 
-  def __init__(self, vocab: Vocab):
+  def __init__(self, vocab: Vocab, split_special_tokens: bool = False):
     self._codec = vocab.codec
+    self._splits = split_special_tokens
+    self.special_text = (None if vocab.reads_names_in_messages and not split_special_tokens
+                         else SpecialText(vocab.codec.special_names))
     self._pieces = vocab.pieces
     self.special_ids = vocab.special_ids
     self.has_space_prefix = vocab.has_space_prefix
@@ -59,12 +69,11 @@ class Tokenizer:
     return "" if self.eos_token_id is None else self._pieces[self.eos_token_id].decode()
 
   def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-    """Ids of `text`; special tokens written in it become what they name.
+    """Ids of `text`; special tokens written in it become what they name, unless they are split.
 
     Args:
       text: any text without lone surrogates.
       add_special_tokens: put BOS before the text if the model's files say so.
-        False for the output of `chat.render`: the template writes BOS itself.
 
     Raises:
       ValueError: the text holds a lone surrogate, which UTF-8 cannot express.
@@ -74,10 +83,22 @@ class Tokenizer:
   def encode_batch(self, texts: Sequence[str],
                    add_special_tokens: bool = True) -> list[list[int]]:
     """`encode` of many texts, on all cores."""
-    for row, text in enumerate(texts):
-      if not text.isascii():
-        _check_encodable(text, row)
+    _check_encodable(texts)
+    if self._splits:
+      return self._codec.encode_sections([[text] for text in texts], add_special_tokens)
     return self._codec.encode_batch(texts, add_special_tokens)
+
+  def encode_chat(self, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of what `chat.render` wrote, which has BOS in it where the model wants one.
+
+    Raises:
+      ValueError: as `encode`.
+    """
+    _check_encodable(texts)
+    if self.special_text is None:
+      return self._codec.encode_batch(texts, add_special_tokens=False)
+    return self._codec.encode_sections([self.special_text.sections(text) for text in texts],
+                                       add_special_tokens=False)
 
   def token_bytes(self, token_id: int) -> bytes:
     """What the token adds to a text; nothing for special tokens and ids outside the vocabulary.
@@ -136,12 +157,13 @@ class Tokenizer:
     return self._pieces[token_id] if token_id < len(self._pieces) else b""
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, split_special_tokens: bool = False) -> Tokenizer:
   """Loads the tokenizer of a model.
 
   Args:
     path: a Hugging Face folder, a tokenizer.json, a SentencePiece `.model` or a
       `.gguf` file. JSON files beside the first three are read too.
+    split_special_tokens: as in `Tokenizer`; for prompts and messages that are not trusted.
 
   Raises:
     FileNotFoundError: there is no tokenizer at `path`.
@@ -160,12 +182,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
                      f"in one of {sorted(_READERS)}")
   if not path.exists():
     raise FileNotFoundError(f"there is no tokenizer at {path}")
-  return Tokenizer(_READERS[path.suffix](path))
+  return Tokenizer(_READERS[path.suffix](path), split_special_tokens)
 
 
-def _check_encodable(text: str, row: int) -> None:
-  try:
-    text.encode("utf-8")
-  except UnicodeEncodeError as error:
-    raise ValueError(f"text {row} holds a lone surrogate at character {error.start}: it is not "
-                     "valid Unicode; replace the character") from error
+def _check_encodable(texts: Sequence[str]) -> None:
+  for row, text in enumerate(texts):
+    if not text.isascii():
+      try:
+        text.encode("utf-8")
+      except UnicodeEncodeError as error:
+        raise ValueError(f"text {row} holds a lone surrogate at character {error.start}: it is not "
+                         "valid Unicode; replace the character") from error

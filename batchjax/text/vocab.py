@@ -9,10 +9,20 @@ from typing import Any, Protocol, runtime_checkable
 
 @runtime_checkable
 class Codec(Protocol):
-  """Text to ids, by the library that owns the format."""
+  """Text to ids, by the library that owns the format.
+
+  Attributes:
+    special_names: the special tokens that are read in a text, and their ids.
+  """
+
+  special_names: Mapping[str, int]
 
   def encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
     ...
+
+  def encode_sections(self, rows: Sequence[Sequence[str]],
+                      add_special_tokens: bool) -> list[list[int]]:
+    """Of plain text, the name of a special token, plain text, ...; names in plain text are text."""
 
   def to_json(self) -> str:
     ...
@@ -31,6 +41,7 @@ class Vocab:
     eos_token_ids: tokens that end a text or a turn, the main one first.
     special_tokens: text of the tokens that have a role, as templates name them ("pad_token").
     chat_templates: jinja2 sources by name; chat takes "default", with tools "tool_use".
+    reads_names_in_messages: names of special tokens in the messages of a chat become tokens.
   """
 
   codec: Codec
@@ -41,6 +52,7 @@ class Vocab:
   eos_token_ids: tuple[int, ...]
   special_tokens: Mapping[str, str]
   chat_templates: Mapping[str, str]
+  reads_names_in_messages: bool = True
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +63,7 @@ class FolderConfig:
     special_tokens, chat_templates: as in `Vocab`.
     eos_token_ids: of generation_config.json.
     adds_bos: whether encoding puts BOS first; None leaves it to the tokenizer's own file.
+    is_legacy: `legacy`: False puts no space before text behind a special token.
     added_tokens: id to (text, is special).
   """
 
@@ -58,6 +71,7 @@ class FolderConfig:
   chat_templates: Mapping[str, str]
   eos_token_ids: tuple[int, ...]
   adds_bos: bool | None
+  is_legacy: bool
   added_tokens: Mapping[int, tuple[str, bool]]
 
 
@@ -73,6 +87,7 @@ def read_folder_config(folder: Path) -> FolderConfig:
     chat_templates=_chat_templates(folder, config.get("chat_template")),
     eos_token_ids=tuple(eos_ids) if isinstance(eos_ids, list) else (eos_ids,),
     adds_bos=config.get("add_bos_token"),
+    is_legacy=config.get("legacy") is not False,
     added_tokens={int(i): (token["content"], token.get("special", False))
                   for i, token in config.get("added_tokens_decoder", {}).items()})
 

@@ -108,17 +108,28 @@ def test_seed_is_a_stable_hash_of_job_seed_and_id():
   assert len(seeds) == 160
 
 
-def test_text_parts_become_text():
-  parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-  row = parse(batch(messages=[{"role": "user", "content": parts, "name": "n"}]))
-  assert row.prompt == [{"role": "user", "content": "a\nb", "name": "n"}]
+def test_messages_are_normal():
+  """`text.messages` says what that is."""
+  parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "annotations": []}]
+  function = {"name": "f", "arguments": '{"x": [null]}', "strict": None}
+  row = parse(batch(messages=[
+      {"role": "user", "content": parts, "name": "n", "audio": None},
+      {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": function}]},
+      {"role": "tool", "tool_call_id": "1", "content": "42"}]))
+  assert row.prompt == [
+      {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+       "name": "n"},
+      {"role": "assistant", "tool_calls": [
+          {"id": "1", "function": {"name": "f", "arguments": {"x": [None]}}}]},
+      {"role": "tool", "tool_call_id": "1", "content": "42"}]
 
 
-def test_tool_messages_pass_through():
-  messages = [{"role": "user", "content": "q"},
-              {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
-              {"role": "tool", "tool_call_id": "1", "content": "42"}]
-  assert parse(batch(messages=messages)).prompt == messages
+def test_null_members_of_tools_are_absent_and_their_schema_is_as_given():
+  schema = {"type": "object", "required": [], "properties": {"a": {"default": None}}}
+  function = {"name": "f", "description": None, "parameters": schema}
+  tools = [{"type": "function", "function": function, "strict": None}]
+  assert parse(batch(tools=tools)).tools == [
+      {"type": "function", "function": {"name": "f", "parameters": schema}}]
 
 
 BAD = [
@@ -182,6 +193,14 @@ BAD = [
      "messages[0].content[0]", "reads text alone"),
     (batch(messages=[{"role": "user", "content": [{"type": "text"}]}]),
      "messages[0].content[0]", "an object such as"),
+    *[(batch(messages=[{"role": "assistant", "tool_calls": [
+        {"function": {"name": "f", "arguments": arguments}}]}]),
+       "messages[0].tool_calls[0].function.arguments", "an object, or a string that holds one")
+      for arguments in ("", "{", "[1]", "null", 3, [{}], '{"a": "\\ud800"}')],
+    (batch(messages=[{"role": "assistant", "function_call": {"name": "f", "arguments": "x"}}]),
+     "messages[0].function_call.arguments", 'got "x"'),
+    (batch(messages=[{"role": "assistant", "tool_calls": [{"function": "f"}]}]),
+     "messages[0].tool_calls[0].function", "an object with name and arguments"),
     (batch(messages=[{"role": "assistant", "tool_calls": 1}]), "messages[0].tool_calls", "a list"),
     (batch(tools={}), "tools", "must be a list"),
     (batch(tools=[{"type": "function"}]), "tools[0]", "an object such as"),
