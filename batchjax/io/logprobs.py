@@ -70,18 +70,19 @@ def chat(scores: list[TokenScore] | None, name_fn: Callable[[int], bytes]) -> An
 
 
 def completions(scores: list[TokenScore] | None, name_fn: Callable[[int], bytes],
-                pieces: Sequence[bytes], text_len: int) -> Any:
+                pieces: Sequence[bytes], text_len: int, has_top: bool) -> Any:
   """`{"tokens", "token_logprobs", "top_logprobs", "text_offset"}`, or None.
 
-  `top_logprobs` maps texts to log-probabilities, the token's own among them; it
-  is None where no alternatives were asked for. `text_offset` counts characters
-  and stays within the text, which may end before the last tokens' (a stop string).
+  `top_logprobs` maps texts to log-probabilities, the token's own among them.
+  `text_offset` counts characters and stays within the text, which may end before
+  the last tokens' (a stop string).
 
   Args:
     scores: of each token, those of an echoed prompt first.
     name_fn: as in `chat`.
     pieces: what each token adds to the text.
     text_len: characters of the text.
+    has_top: alternatives were asked for; else `top_logprobs` is None.
   """
   if scores is None:
     return None
@@ -94,7 +95,6 @@ def completions(scores: list[TokenScore] | None, name_fn: Callable[[int], bytes]
     for other, logprob in [*score.top, (score.token_id, score.logprob)]:
       top.setdefault(_text(other, name_fn), logprob)
     tops.append(None if score.logprob is None else top)
-  has_top = any(score.top for score in scores)
   return {"tokens": [_text(score.token_id, name_fn) for score in scores],
           "token_logprobs": [score.logprob for score in scores],
           "top_logprobs": tops if has_top else None, "text_offset": offsets}

@@ -126,15 +126,16 @@ def _chat_choice(row: StoredRow, completion: Completion, choice: Choice,
 
 def _completions_choice(row: StoredRow, completion: Completion, choice: Choice,
                         tokenizer: Tokenizer) -> dict[str, Any]:
-  pieces = _pieces(row, choice, tokenizer)
-  text = choice_text(choice, row.request.sampling_params.stop, pieces)
+  pieces, params = _pieces(row, choice, tokenizer), row.request.sampling_params
+  text = choice_text(choice, params.stop, pieces)
   scores = logprobs.of_choice(choice)
   if row.echo and scores is not None:
     scores = logprobs.of_prompt(row.request, completion) + scores
   return {"index": choice.index,
           "text": text,
           "finish_reason": choice.finish_reason,
-          "logprobs": logprobs.completions(scores, tokenizer.token_name, pieces, len(text)),
+          "logprobs": logprobs.completions(scores, tokenizer.token_name, pieces, len(text),
+                                           has_top=params.top_logprobs > 0),
           **_ids(row, choice)}
 
 

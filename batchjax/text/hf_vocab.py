@@ -3,7 +3,7 @@
 import functools
 import re
 import secrets
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -75,7 +75,7 @@ def read_tokenizer_json(path: Path) -> Vocab:
   backend = tokenizers.Tokenizer.from_file(str(path))
   config = read_folder_config(path.parent)
   is_byte_level, has_space_prefix = _decoder_rules(contents.get("decoder"), path)
-
+  _make_special(backend, config.special_tokens.values())
   added = backend.get_added_tokens_decoder()
   ids = backend.get_vocab(with_added_tokens=True)
   pieces = [b""] * (1 + max(ids.values()))
@@ -94,6 +94,17 @@ def read_tokenizer_json(path: Path) -> Vocab:
                frozenset(i for i, token in added.items() if token.special), has_space_prefix,
                bos_token_id, end_tokens(eos_token_id, backend.token_to_id, *config.eos_token_ids),
                config.special_tokens, config.chat_templates)
+
+
+def _make_special(backend: tokenizers.Tokenizer, texts: Iterable[str]) -> None:
+  """Tokens that have a role are special, whatever the file calls them, as in transformers."""
+  added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+  for text in texts:
+    token = added.get(text)
+    if backend.token_to_id(text) is not None and not (token and token.special):
+      flags = {} if token is None else dict(lstrip=token.lstrip, rstrip=token.rstrip,
+                                            single_word=token.single_word)
+      backend.add_special_tokens([tokenizers.AddedToken(text, normalized=False, **flags)])
 
 
 def bos_processor(bos_token: str, bos_token_id: int) -> processors.PostProcessor:

@@ -88,8 +88,7 @@ def read_folder_config(folder: Path) -> FolderConfig:
     eos_token_ids=tuple(eos_ids) if isinstance(eos_ids, list) else (eos_ids,),
     adds_bos=config.get("add_bos_token"),
     is_legacy=config.get("legacy") is not False,
-    added_tokens={int(i): (token["content"], token.get("special", False))
-                  for i, token in config.get("added_tokens_decoder", {}).items()})
+    added_tokens=_added_tokens(folder, config))
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -123,6 +122,18 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
   texts = {name: token["content"] if isinstance(token, dict) and "content" in token else token
            for name, token in named.items() if name.endswith("_token")}
   return {name: text for name, text in texts.items() if isinstance(text, str)}
+
+
+def _added_tokens(folder: Path, config: Mapping[str, Any]) -> dict[int, tuple[str, bool]]:
+  """Those of tokenizer_config.json, else of added_tokens.json, where older folders have them."""
+  if "added_tokens_decoder" in config:
+    return {int(i): (token["content"], token.get("special", False))
+            for i, token in config["added_tokens_decoder"].items()}
+  extra = config.get("additional_special_tokens") or ()
+  special = {*_special_tokens(config).values(),
+             *(token["content"] if isinstance(token, dict) else token for token in extra)}
+  return {i: (text, text in special)
+          for text, i in read_json(folder / "added_tokens.json").items()}
 
 
 def _chat_templates(folder: Path, setting: str | list[dict[str, str]] | None) -> dict[str, str]:

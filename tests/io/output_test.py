@@ -165,7 +165,8 @@ def test_a_stop_string_does_not_begin_in_the_echoed_prompt(token_ids, text):
 @pytest.mark.parametrize("top", [None, 2])
 def test_a_prompt_of_which_nothing_follows_keeps_its_scores(top):
   """An end token at once, or `max_tokens` 0: an empty list is not the same as none."""
-  row = stored("completions", prompt=(10, 1), echo=True, logprobs=True, prompt_logprobs=True)
+  row = stored("completions", prompt=(10, 1), echo=True, logprobs=True, prompt_logprobs=True,
+               top_logprobs=top or 0)
   tops = {} if top is None else {
       "prompt_top_token_ids": np.array([[0, 0], [11, 10]], np.int32),
       "prompt_top_logprobs": np.array([[np.nan, np.nan], [-0.5, -2]], np.float32)}
@@ -176,6 +177,13 @@ def test_a_prompt_of_which_nothing_follows_keeps_its_scores(top):
   assert got["logprobs"] == {
       "tokens": ["<a>", "Hi"], "token_logprobs": [None, -4.0], "text_offset": [0, 3],
       "top_logprobs": None if top is None else [None, {"<b>": -0.5, "<a>": -2.0, "Hi": -4.0}]}
+
+
+def test_alternatives_that_were_asked_for_are_a_list_even_where_there_are_none():
+  row = stored("completions", logprobs=True, top_logprobs=2)
+  [got] = format_row(row, choice([], "stop", logprobs=[]))["response"]["body"]["choices"]
+  assert got["logprobs"] == {"tokens": [], "token_logprobs": [], "top_logprobs": [],
+                             "text_offset": []}
 
 
 def test_special_tokens_have_their_names_and_ids_outside_the_vocabulary_numbers():

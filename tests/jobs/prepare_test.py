@@ -5,6 +5,8 @@ import json
 import os
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from batchjax.config import ConfigError, EngineConfig, JobConfig, ModelSource
@@ -99,6 +101,55 @@ def test_the_configurations_template_replaces_the_models(tmp_path):
   (tmp_path / "t.jinja").write_text("{% for %}")
   with pytest.raises(ConfigError, match="the chat template is not valid at line 1"):
     run(tmp_path, rows, config, MarkingTokenizer)
+
+
+class CallingTokenizer(FakeTokenizer):
+  """Has a template for tools beside its own, and a third that is never used."""
+
+  chat_templates = {
+      "default": "{% for m in messages %}[{{ m.role }} {{ m.content }}"
+                 "{% for c in m.tool_calls %} {{ c.function.arguments | tojson }}{% endfor %}]"
+                 "{% endfor %}", "rag": "{% for %}",
+      "tool_use": "{{ tools[0].function.name }}: {{ messages[0].content }}"}
+
+
+def test_messages_are_the_same_from_every_file(tmp_path):
+  say = lambda role, content, calls=None: {
+      "role": role, "content": content, "refusal": None, "annotations": [], "tool_calls": calls}
+  function = {"name": "add", "arguments": '{"a": 1}', "description": None}
+  rows = [{"id": "clean", "messages": [{"role": "user", "content": "x"}]},
+          {"id": "sdk", "messages": [say("user", "x")]},
+          {"id": "call", "messages": [say("user", "x"), say("assistant", None, [
+              {"type": "function", "index": None, "function": function}])]}]
+  want = ["[user x]", "[user x]", '[user x][assistant  {"a": 1}]']
+  assert run(tmp_path, rows, tokenizer=CallingTokenizer)[2] == want
+  pq.write_table(pa.Table.from_pylist(rows), tmp_path / "in.parquet")
+  prepare(str(tmp_path / "in.parquet"), tmp_path / "store", make_config(), SHAPE,
+          CallingTokenizer())
+  with RequestReader(tmp_path / "store") as store:
+    assert [FakeTokenizer().decode(row.request.prompt_token_ids.tolist())
+            for row in store.rows(0, len(store))] == want
+
+
+def test_tools_take_the_template_of_their_name_or_are_refused(tmp_path):
+  tools = [{"type": "function", "function": {"name": "add"}}]
+  rows = [{"id": "a", "messages": [{"role": "user", "content": "x"}], "tools": tools},
+          {"id": "b", "messages": [{"role": "user", "content": "x"}], "tools": []}]
+  assert run(tmp_path, rows, tokenizer=CallingTokenizer)[2] == ["add: x", "[user x]"]
+  found, _, prompts = run(tmp_path, rows, tokenizer=MarkingTokenizer)
+  error, = found.errors
+  assert (error.request_id, error.field, error.code) == ("a", "tools", "unsupported")
+  assert "never reads tools" in error.message and prompts == ["[x]>"]
+
+
+def test_a_malformed_call_is_one_error_row(tmp_path):
+  call = {"type": "function", "function": {"name": "add", "arguments": "a=1"}}
+  messages = [{"role": "user", "content": "x"}, {"role": "assistant", "tool_calls": [call]}]
+  found, stored, _ = run(tmp_path, [{"id": "bad", "messages": messages}, {"id": "b", "prompt": "x"}],
+                         tokenizer=CallingTokenizer)
+  assert [(e.request_id, e.field) for e in found.errors] == [
+      ("bad", "messages[1].tool_calls[0].function.arguments")]
+  assert len(stored) == 1
 
 
 @pytest.mark.parametrize("num_pages, fits", [(9, True), (8, False)])

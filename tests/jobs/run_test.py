@@ -200,7 +200,10 @@ def test_identity_hashes_every_file_of_the_model(tmp_path):
     (tmp_path / name).write_text(text)
     seen.append(identity(config, str(tmp_path / "in.jsonl")))
   assert list(seen[1]["model"]["files"]) == ["model/a", "model/sub/b"]
-  assert seen[0] != seen[1] != seen[2]
+  split = dataclasses.replace(config, model=dataclasses.replace(
+      config.model, split_special_tokens=True))
+  seen.append(identity(split, str(tmp_path / "in.jsonl")))
+  assert seen[0] != seen[1] != seen[2] != seen[3]
   json.dumps(seen)
 
 

@@ -1,5 +1,8 @@
 """Chat templates: the names they use, and what happens when they refuse."""
 
+import json
+from pathlib import Path
+
 import pytest
 
 from batchjax.text import compile_template, render
@@ -71,6 +74,18 @@ def test_templates_that_go_through_parts_get_parts(body):
   assert text("ab") == "(ab);"  # a string is one part, and never its characters
   absent = [{"role": "assistant"}]
   assert show(template, absent) == ("();" if "string" in body else ";")
+
+
+@pytest.mark.parametrize("body", [
+    "{% for line in m.content.split(' ') %}{{ line }} {% endfor %}",
+    "{% for c in m.content %}{{ c }}{% endfor %} ",
+    # A message that holds calls in its content, beside others whose content is text.
+    "{% if m.role == 'calls' %}{% set calls = m.content %}{% for c in calls %}{{ c.function.name }}"
+    "{% endfor %}{% else %}{{ m.content + ' ' }}{% endif %}"])
+def test_templates_that_go_through_something_else_get_text(body):
+  template = "{% for m in messages %}" + body + "{% endfor %}"
+  for content in ("a b", [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]):
+    assert show(template, [{"role": "user", "content": content}]) == "a b "
 
 
 def test_absent_content_is_empty_and_never_the_word_none():
@@ -182,3 +197,23 @@ def test_what_is_nested_too_deeply_is_a_malformed_message():
 def test_template_errors_are_value_errors(template, error):
   with pytest.raises(ValueError, match=error):
     show(template)
+
+
+GOLDENS = json.loads(Path(__file__).with_name("chat_transformers.json").read_text("utf-8"))
+
+
+def in_strings(messages):
+  """The same with arguments as OpenAI's API writes them."""
+  messages = json.loads(json.dumps(messages))
+  for call in (call for message in messages for call in message.get("tool_calls", ())):
+    call["function"]["arguments"] = json.dumps(call["function"]["arguments"])
+  return messages
+
+
+@pytest.mark.parametrize("case", GOLDENS["cases"])
+def test_prompts_are_those_of_transformers(case):
+  """make_transformers_goldens.py wrote them."""
+  template = GOLDENS["templates"][case["template"]]
+  options = {"tools": case["tools"], "special_tokens": GOLDENS["special_tokens"], **case["names"]}
+  assert render(template, case["messages"], **options) == case["text"]
+  assert render(template, in_strings(case["messages"]), **options) == case["text"]

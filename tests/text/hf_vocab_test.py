@@ -78,6 +78,22 @@ def test_the_end_of_a_turn_ends_a_text(byte_level_folder, write_tokenizer, name,
   assert load_tokenizer(folder).eos_token_ids == (1, backend.token_to_id(name), 2)
 
 
+def test_tokens_that_have_a_role_are_special(write_tokenizer):
+  """Whether the file adds them without saying so, or has them in its vocabulary alone."""
+  backend = tokenizers.Tokenizer(models.BPE(
+      vocab={token: i for i, token in enumerate(["</s>", "a", "<", "/", "s", ">", "<pad>"])},
+      merges=[]))
+  backend.decoder = decoders.ByteLevel()
+  backend.add_tokens(["<turn>"])
+  assert load_tokenizer(write_tokenizer(backend)).encode("a</s>") == [1, 2, 3, 4, 5]
+  tokenizer = load_tokenizer(write_tokenizer(backend, eos_token="</s>", mask_token="<turn>",
+                                             pad_token="<no such>"))
+  assert tokenizer.encode("a</s><turn>") == [1, 0, 7]
+  assert tokenizer.special_ids == {0, 7}
+  split = load_tokenizer(write_tokenizer(backend, eos_token="</s>"), split_special_tokens=True)
+  assert split.encode("a</s>") == [1, 2, 3, 4, 5]
+
+
 def test_tokens_that_have_a_role(byte_level_folder, write_tokenizer):
   backend = tokenizers.Tokenizer.from_file(str(byte_level_folder / "tokenizer.json"))
   folder = write_tokenizer(

@@ -114,6 +114,20 @@ def test_config_beside_the_model(sentencepiece_model, tmp_path, processor):
     load_tokenizer(tmp_path)
 
 
+def test_added_tokens_of_older_folders(sentencepiece_model, tmp_path, processor):
+  shutil.copy(sentencepiece_model, tmp_path)
+  first = processor.get_piece_size()
+  (tmp_path / "added_tokens.json").write_text(json.dumps(
+      {"<|im_end|>": first, "<tool>": first + 1, "<|x|>": first + 2}))
+  (tmp_path / "special_tokens_map.json").write_text(json.dumps(
+      {"eos_token": "<|im_end|>", "additional_special_tokens": ["<|x|>"]}))
+  tokenizer = load_tokenizer(tmp_path)
+  the = processor.encode("the")
+  assert tokenizer.encode("the<tool><|x|><|im_end|>", False) == [*the, first + 1, first + 2, first]
+  assert tokenizer.eos_token_ids == (first,)
+  assert {first, first + 2} <= tokenizer.special_ids and first + 1 not in tokenizer.special_ids
+
+
 def test_other_files_of_that_name(tmp_path):
   path = tmp_path / "tokenizer.model"
   path.write_text("IQ== 0\nIg== 1\n")  # tiktoken ranks
