@@ -10,7 +10,8 @@ from typing import Any
 import tokenizers
 from tokenizers import processors
 
-from batchjax.text.vocab import Vocab, end_tokens, read_folder_config, read_json
+from batchjax.text.folder_config import read_folder_config, read_json
+from batchjax.text.vocab import Vocab, end_tokens
 
 # Texts handed to the library at a time: its encodings weigh many times what their ids do.
 _CHUNK = 4096

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import sentencepiece
 
+from batchjax.text.folder_config import read_folder_config
 from batchjax.text.hf_vocab import metaspace_bytes
-from batchjax.text.vocab import Vocab, end_tokens, read_folder_config
-
+from batchjax.text.vocab import Vocab, end_tokens
 
 # Appended to a serialized model it overrides `normalizer_spec.add_dummy_prefix`: parts of a message
 # merge, and what comes later wins (Protocol Buffers, encoding, "Last One Wins").
@@ -96,13 +96,11 @@ def read_sentencepiece(path: Path) -> Vocab:
                      "name needs the model's tokenizer.json instead") from error
   config = read_folder_config(path.parent)
 
-  num_pieces = processor.get_piece_size()
-  added = config.added_tokens
+  num_pieces, added = processor.get_piece_size(), config.added_tokens
   tokens = [processor.id_to_piece(i) for i in range(num_pieces)]
   tokens += [""] * (max(added, default=-1) + 1 - num_pieces)
-  special = {i for i in range(num_pieces)
-             if processor.is_control(i) or processor.is_unknown(i)}
   special_names = {tokens[i]: i for i in range(num_pieces) if processor.is_control(i)}
+  special = {*special_names.values(), *filter(processor.is_unknown, range(num_pieces))}
   added_names = {}
   for token_id, (text, is_special) in added.items():
     tokens[token_id] = text
