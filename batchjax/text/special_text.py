@@ -11,7 +11,7 @@ class SpecialText:
   """Tells the special tokens that a template wrote from names in what it was given.
 
   Names in the strings that a template is given are broken before it runs. What is whole in its
-  output is its own.
+  output is its own, also where it builds a name around a string, as "<|" + role + "|>".
 
   Args:
     names: of the special tokens.

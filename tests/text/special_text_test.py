@@ -5,7 +5,7 @@ import json
 
 import pytest
 import tokenizers
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, example, given, settings
 from hypothesis import strategies as st
 
 from batchjax.text import load_tokenizer, render
@@ -28,14 +28,25 @@ def test_no_name_comes_out_of_strings_however_they_are_joined(strings, is_trimme
   assert special.sections(shown) == ["".join(map(trim, strings))]
 
 
+@example(text="s>", before="<", after="")
+@example(text="<", before="", after="s>")
 @given(text=texts, before=texts, after=texts)
 def test_names_that_the_template_wrote_are_found_beside_any_text(text, before, after):
+  # A name that the template builds around a text, as "<|" + role + "|>", is its own.
+  assume(not any(text in name[1:-1] for name in NAMES))
   special = SpecialText(NAMES)
   # What the template wrote is read alone: it does not make a name with the text between.
   want = special.sections(before)[:-1] + [special.sections(before)[-1] + text
                                           + special.sections(after)[0]]
   want += special.sections(after)[1:]
   assert special.sections(before + special.hide(text) + after) == want
+
+
+@pytest.mark.parametrize("shown", [lambda text: "<" + text.strip(), lambda text: text.strip() + ">"])
+@pytest.mark.parametrize("text", [" s> ", "\n<s\t", "s>", "<s"])
+def test_a_template_that_strips_makes_no_name_with_a_text(shown, text):
+  special = SpecialText(NAMES)
+  assert special.sections(shown(special.hide(text))) == [shown(text)]
 
 
 def test_every_string_of_a_value_is_hidden():
