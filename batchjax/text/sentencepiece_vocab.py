@@ -60,9 +60,8 @@ class SentencePieceCodec:
 
   def _encode_parts(self, parts: Sequence[tuple[str, bool]]) -> Iterator[list[int]]:
     """Ids of plain texts; each with whether it begins its row."""
-    def is_prefixed(part: str, is_first: bool) -> bool:
-      return is_first or self._strips or (self._is_legacy and not part.startswith(" "))
-    choices = [is_prefixed(*part) for part in parts]
+    choices = [is_first or self._strips or (self._is_legacy and not part.startswith(" "))
+               for part, is_first in parts]
     encoded = {choice: iter(processor.encode([part for (part, _), chosen in zip(parts, choices)
                                               if chosen == choice]))
                for choice, processor in ((True, self._processor), (False, self._unprefixed))}
@@ -104,23 +103,20 @@ def read_sentencepiece(path: Path) -> Vocab:
   added_names = {}
   for token_id, (text, is_special) in added.items():
     tokens[token_id] = text
-    if is_special:
-      special.add(token_id)
-    if text not in special_names:
-      (special_names if is_special else added_names)[text] = token_id
+    special |= {token_id} if is_special else set()
+    (special_names if is_special else added_names).setdefault(text, token_id)
   ids = {token: i for i, token in enumerate(tokens)}
 
   own = {"bos_token": processor.bos_id(), "eos_token": processor.eos_id(),
          "unk_token": processor.unk_id(), "pad_token": processor.pad_id()}
   special_tokens = {name: tokens[i] for name, i in own.items() if i >= 0} | config.special_tokens
-  bos_token_id = _token_id(ids, special_tokens.get("bos_token"), path)
-  eos_token_id = _token_id(ids, special_tokens.get("eos_token"), path)
-  adds_bos = config.adds_bos is not False and bos_token_id is not None
-  codec = SentencePieceCodec(processor, special_names, added_names,
-                             [bos_token_id] if adds_bos else [], config.is_legacy)
+  bos, eos = (_token_id(ids, special_tokens.get(name), path) for name in ("bos_token", "eos_token"))
+  adds_bos = config.adds_bos is not False and bos is not None
+  codec = SentencePieceCodec(processor, special_names, added_names, [bos] if adds_bos else [],
+                             config.is_legacy)
   return Vocab(codec, [metaspace_bytes(token) for token in tokens], frozenset(special),
-               processor.normalize("a").startswith("▁"), bos_token_id,
-               end_tokens(eos_token_id, ids.get, *config.eos_token_ids), special_tokens,
+               processor.normalize("a").startswith("▁"), bos,
+               end_tokens(eos, ids.get, *config.eos_token_ids), special_tokens,
                config.chat_templates, reads_names_in_messages=False)
 
 
