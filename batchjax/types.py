@@ -15,6 +15,7 @@ Values that cross to the device are NamedTuples of arrays. -1 is the only null.
 """
 
 import dataclasses
+import reprlib
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -71,7 +72,10 @@ class SamplingParams:
     """Raises ValueError, its message begins with the field's name, for a wrong type or range."""
     def check(name, holds, rule):
       if not holds:
-        raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}")
+        value = getattr(self, name)
+        if type(value) is int and abs(value) >= 2**31 and "integer of" in rule:
+          rule += ", below 2**31"
+        raise ValueError(f"{name} must be {rule}, got {reprlib.repr(value)}")
 
     def is_int(value, low, high=2**31 - 1):
       is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)

@@ -10,6 +10,7 @@ class FakeTokenizer:
 
   bos_token = eos_token = ""
   chat_template = None
+  special_ids = frozenset()
   vocab_size = 1 + len(_CHARS)
 
   def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:

@@ -8,13 +8,15 @@ from typing import Any, NoReturn
 import jinja2
 import jinja2.ext
 import jinja2.nodes
-import jinja2.sandbox
+
+from batchjax.config import RowLimits
+from batchjax.text.sandbox import BoundedEnvironment
 
 Message = Mapping[str, Any]
 
-# What a template can raise over messages that it was not written for.
-_RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError,
-                  AttributeError, RecursionError)
+# Names that `render` gives to the template itself, so that no row may.
+RESERVED_NAMES = frozenset(["messages", "tools", "add_generation_prompt", "bos_token", "eos_token",
+                            "pad_token", "unk_token"])
 
 
 class _GenerationBlock(jinja2.ext.Extension):
@@ -27,25 +29,32 @@ class _GenerationBlock(jinja2.ext.Extension):
     return parser.parse_statements(("name:endgeneration",), drop_needle=True)
 
 
-def compile_template(source: str) -> jinja2.Template:
+def compile_template(source: str, limits: RowLimits = RowLimits()) -> jinja2.Template:
   """Compiles a chat template in a sandbox, with the names that Hugging Face templates use.
+
+  Args:
+    source: of the template.
+    limits: time and size of one rendering.
 
   Raises:
     ValueError: the source is no jinja2 template; the message names the line.
   """
-  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-      trim_blocks=True, lstrip_blocks=True,
+  environment = BoundedEnvironment(
+      limits.max_template_secs, limits.max_template_chars, trim_blocks=True, lstrip_blocks=True,
       extensions=[jinja2.ext.loopcontrols, _GenerationBlock])
-  environment.filters["tojson"] = _to_json
+  environment.add_filter("tojson", _to_json)
   environment.globals.update(raise_exception=_raise, strftime_now=_strftime_now)
   try:
     return environment.from_string(source)
   except jinja2.TemplateSyntaxError as error:
     raise ValueError(f"the chat template is not valid at line {error.lineno}: "
                      f"{error.message}") from error
+  except Exception as error:  # the parser and Python's compiler recurse
+    raise ValueError("the chat template cannot be compiled "
+                     f"({type(error).__name__}: {error}): simplify it") from error
 
 
-def render(template: str | jinja2.Template, messages: Sequence[Message], *, bos_token: str,
+def render(template: str | jinja2.Template, messages: Sequence[Message], /, *, bos_token: str,
            eos_token: str, add_generation_prompt: bool = True,
            tools: Sequence[Mapping[str, Any]] | None = None, **extra: Any) -> str:
   """The prompt that `messages` make.
@@ -73,8 +82,11 @@ def render(template: str | jinja2.Template, messages: Sequence[Message], *, bos_
                bos_token=bos_token, eos_token=eos_token)
   try:
     return template.render({**names, **extra})
-  except _RENDER_ERRORS as error:
+  except jinja2.TemplateError as error:
     raise ValueError(f"the chat template refused the messages: {error}") from error
+  except Exception as error:  # what a template can raise over messages that it was not written for
+    raise ValueError("the chat template refused the messages: "
+                     f"{type(error).__name__}: {error}") from error
 
 
 def _flatten_content(message: Message, index: int) -> Message:

@@ -166,7 +166,7 @@ BAD = [
     (completions(prompt=[[1], [2]]), "prompt", "list of 2 prompts"),
     (completions(prompt=[1, -2]), "prompt[1]", "prompt[1] must be a token id"),
     (completions(prompt=[True]), "prompt[0]", "must be a token id"),
-    (completions(prompt=[1.0]), "prompt[0]", "must be a token id"),
+    (completions(prompt=[1.5]), "prompt[0]", "must be a token id"),
     (completions(prompt=[2**31]), "prompt[0]", "must be a token id"),
     (completions(prompt=[1, "a"]), "prompt[1]", "must be a token id"),
     ({"prompt_token_ids": "a"}, "prompt_token_ids", "must be a list of token ids"),
@@ -196,7 +196,9 @@ BAD = [
     (plain(temperature=-1), "temperature", "at least 0"),
     (plain(max_tokens=True), "max_tokens", "an integer of at least 0, got True"),
     (plain(max_tokens=0), "max_tokens", "0 with prompt_logprobs to score a prompt, got 0"),
-    (plain(max_tokens=1e2), "max_tokens", "an integer"),
+    (plain(max_tokens=1.5), "max_tokens", "an integer"),
+    (plain(max_tokens=10**30), "max_tokens", "an integer of at least 0, below 2**31, got 1000"),
+    (plain(max_tokens=1e300), "max_tokens", "below 2**31"),
     (batch(max_tokens=1, max_completion_tokens=2), "max_completion_tokens", "give one of them"),
     (plain(min_tokens=33), "min_tokens", "at most max_tokens=32"),
     (plain(n=0), "n", "at least 1"),
@@ -315,5 +317,5 @@ def test_duplicate_ids():
 
 def test_duplicate_ids_keep_hashes_only():
   ids = validate.DuplicateIds()
-  ids.check(parse(plain(id="x" * 100_000)))
+  ids.check(parse(plain(id="x" * 1000)))
   assert sum(map(sys.getsizeof, ids._seen)) < 100
