@@ -11,7 +11,7 @@ import pytest
 from batchjax.config import ConfigError
 from batchjax.io.records import InputError
 from batchjax.jobs.prepare import BadRow
-from batchjax.jobs.run import run
+from batchjax.jobs.run import run as run_file
 
 # The context of the fake model is 128 tokens and its vocabulary 97; the pool below holds 96.
 BAD_ROWS = [
@@ -72,7 +72,7 @@ def small_config(**fields):
 
 def run(tmp_path, data, config=None, name="in.jsonl", model_fn=no_model):
   (tmp_path / name).write_bytes(data)
-  return run(config or small_config(), str(tmp_path / name), str(tmp_path / "out.jsonl"),
+  return run_file(config or small_config(), str(tmp_path / name), str(tmp_path / "out.jsonl"),
                     quiet=True, loaders=fake_job.fake_loaders(model_fn=model_fn))
 
 
@@ -138,7 +138,7 @@ def test_an_unreadable_file_says_so_and_leaves_nothing(tmp_path, name, data, mes
 
 def run_paths(tmp_path, input_path="in.jsonl", output_path="out.jsonl", error_path=None):
   paths = [path and str(tmp_path / path) for path in (input_path, output_path, error_path)]
-  run(small_config(), *paths[:2], error_path=paths[2], quiet=True,
+  run_file(small_config(), *paths[:2], error_path=paths[2], quiet=True,
              loaders=fake_job.fake_loaders(model_fn=no_model))
 
 
