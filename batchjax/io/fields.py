@@ -55,7 +55,8 @@ def require_at_most(field: str, count: int, unit: str, limits: RowLimits, limit:
   """Raises InvalidField where a row asks for more than `limits.<limit>`."""
   most = getattr(limits, limit)
   if count > most:
-    raise InvalidField(field, f"{field}: {count} {unit} are more than limits.{limit}={most}: use "
+    shown = str(count) if count < 10**12 else "more than a trillion"
+    raise InvalidField(field, f"{field}: {shown} {unit} are more than limits.{limit}={most}: use "
                        "fewer, or raise the limit", "limit_exceeded")
 
 
@@ -69,7 +70,7 @@ def whole(value: Any) -> Any:
 
 def check_sizes(fields: dict[str, Any], limits: RowLimits) -> None:
   """Raises InvalidField where a value is longer than the limits allow, whatever else it is."""
-  for name in fields:
+  for name in set(fields) - FIELDS["plain"]:
     if len(name) > limits.max_name_chars:
       require_at_most(f"{name[:40]}…", len(name), "characters", limits, "max_name_chars")
   for name, unit, limit in (("messages", "messages", "max_messages"),

@@ -1,6 +1,6 @@
 """Reads the rows of an input file one by one, whatever its format."""
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 import dataclasses
 import gzip
 import json
@@ -127,13 +127,13 @@ def _records(path: epath.PathLike, suffix: str, source: BinaryIO,
   with source:
     try:
       stream = gzip.GzipFile(fileobj=source) if suffix == ".jsonl.gz" else source
-      for index, (row, value) in enumerate(read_fn(stream, max_row_bytes)):
+      for index, (row, request_id, value) in enumerate(read_fn(stream, max_row_bytes)):
         if isinstance(value, InvalidField):
-          value = RowError(index, row, None, value.field, str(value), value.code)
+          value = RowError(index, row, request_id, value.field, str(value), value.code)
         yield Record(index, row, value)
     except Exception as e:  # libraries have many names for damage
-      if isinstance(e, OSError) and not isinstance(e, gzip.BadGzipFile | pa.ArrowException):
-        raise InputError(f"{path} cannot be read after row index {index}: {e}") from e
+      if isinstance(e, OSError) and e.errno is not None:
+        raise InputError(f"{path} cannot be read after row index {index}: {one_line(e)}") from e
       kind = {".parquet": "Parquet", ".jsonl.gz": "gzip"}.get(suffix, "JSONL")
       remedy = "compress" if kind == "gzip" else "write"
       raise InputError(f"{path} is not a whole {kind} file ({one_line(e)}): {remedy} it "
@@ -148,16 +148,20 @@ def one_line(error: BaseException) -> str:
   return f"{type(error).__name__}: {words[:200]}" if words else type(error).__name__
 
 
-def _json_rows(source: BinaryIO, max_bytes: int) -> Iterator[tuple[int, Any]]:
+# Row, id where a bad row has one that can be read, and the object or what is wrong with it.
+_Row = tuple[int, str | None, dict[str, Any] | InvalidField]
+
+
+def _json_rows(source: BinaryIO, max_bytes: int) -> Iterator[_Row]:
   for row, line in enumerate(_lines(source, max_bytes), start=1):
     if line is None:
-      yield row, InvalidField("", f"the line has more than limits.max_line_bytes={max_bytes} bytes: "
+      yield row, None, InvalidField("", f"the line has more than limits.max_line_bytes={max_bytes} bytes: "
                               "shorten it, or raise the limit", "limit_exceeded")
     else:
       if row == 1:
         line = line.removeprefix(b"\xef\xbb\xbf")  # byte order mark
       if line.strip():
-        yield row, _decode(line.removesuffix(b"\r"))
+        yield row, None, _decode(line.removesuffix(b"\r"))
 
 
 def _lines(source: BinaryIO, max_bytes: int) -> Iterator[bytes | None]:
@@ -194,7 +198,8 @@ def _decode(line: bytes) -> dict[str, Any] | InvalidField:
   except RecursionError:
     problem = "the JSON of the line is nested too deeply: flatten it"
   except ValueError as e:  # an integer of thousands of digits
-    problem = f"the line has a number that cannot be read ({e}): shorten it"
+    words = str(e).split(";")[0]
+    problem = f"the line has a number that cannot be read ({words}): shorten it"
   else:
     if isinstance(value, dict):
       return value
@@ -207,30 +212,48 @@ _JSON_NAMES = {list: "a list", str: "a string", int: "a number", float: "a numbe
                bool: "true or false", type(None): "null"}
 
 
-def _parquet_rows(source: BinaryIO, max_bytes: int) -> Iterator[tuple[int, Any]]:
+def _parquet_rows(source: BinaryIO, max_bytes: int) -> Iterator[_Row]:
   row, parquet = 0, pq.ParquetFile(source, page_checksum_verification=True)
   names = parquet.schema_arrow.names
   if twice := sorted({name for name in names if names.count(name) > 1}):
     raise ValueError(f"two columns have the name {twice[0]!r}")
   for batch in parquet.iter_batches(_PARQUET_BATCH_ROWS):
-    for i in range(batch.num_rows):
+    for request_id, value in _parquet_batch(batch, max_bytes):
       row += 1
-      yield row, _parquet_row(batch.slice(i, 1), max_bytes)
+      yield row, request_id, value
 
 
-def _parquet_row(batch: pa.RecordBatch, max_bytes: int) -> dict[str, Any] | InvalidField:
-  """The object in a batch of one row, or what is wrong with it."""
+def _parquet_batch(batch: pa.RecordBatch, max_bytes: int
+                   ) -> Iterable[tuple[str | None, dict[str, Any] | InvalidField]]:
+  if batch.nbytes <= max_bytes:
+    try:
+      return [(None, _without_nulls(value))
+              for value in batch.to_pylist(maps_as_pydicts="strict")]
+    except Exception:  # of some row: each by itself
+      pass
+  return (_parquet_row(batch.slice(i, 1), max_bytes) for i in range(batch.num_rows))
+
+
+def _parquet_row(batch: pa.RecordBatch, max_bytes: int
+                 ) -> tuple[str | None, dict[str, Any] | InvalidField]:
+  """The id of a bad row, and the object in a batch of one row or what is wrong with it."""
   if batch.nbytes > max_bytes:
-    return InvalidField("", f"the row has more than limits.max_line_bytes={max_bytes} bytes: "
-                        "shorten it, or raise the limit", "limit_exceeded")
-  value = {}
+    return None, InvalidField("", f"the row has more than limits.max_line_bytes={max_bytes} bytes: "
+                              "shorten it, or raise the limit", "limit_exceeded")
+  value, problem = {}, None
   for name, column in zip(batch.schema.names, batch.columns):
     try:
-      value[name] = _without_nulls(column[0].as_py(maps_as_pydicts="strict"))
-    except Exception as e:  # Arrow reads more than Python has values for
-      return InvalidField(name, f"column {name} holds what cannot be read ({one_line(e)}): correct "
-                          "it, or leave the column out", "invalid_value")
-  return {name: item for name, item in value.items() if item is not None}
+      item = _without_nulls(column[0].as_py(maps_as_pydicts="strict"))
+    except Exception as e:  # Arrow holds more than Python has values for
+      problem = problem or InvalidField(name, f"column {name} holds what cannot be read "
+                                        f"({one_line(e)}): correct it, or leave the column out")
+    else:
+      if item is not None:
+        value[name] = item
+  if problem is None:
+    return None, value
+  request_id = value.get("custom_id", value.get("id"))
+  return request_id if isinstance(request_id, str) else None, problem
 
 
 def _without_nulls(value: Any) -> Any:

@@ -158,7 +158,7 @@ def _guarded(row: Record | validate.Row, field: str, fn: Callable[..., T], *args
   """
   values = row.value if isinstance(row, Record) and isinstance(row.value, dict) else {}
   request_id = getattr(row, "request_id", values.get("custom_id", values.get("id")))
-  request_id = request_id if isinstance(request_id, str) else None
+  request_id = request_id if isinstance(request_id, str) and len(request_id) < 1024 else None
   error = functools.partial(RowError, row.index, row.row, request_id)
   try:
     return fn(*args)
