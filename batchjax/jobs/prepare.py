@@ -60,7 +60,7 @@ def prepare(input_path: str, store_path: pathlib.Path, config: JobConfig, model:
   renderer = _Renderer(config, tokenizer)
   stops = StopBudget(model.vocab_size, config.limits.max_stop_table_bytes)
   duplicates, errors, num_rows = validate.DuplicateIds(), [], 0
-  texts = (_guarded(record, "", renderer.prompt_of, record)
+  texts = (guarded(record, "", renderer.prompt_of, record)
            for record in records.read(input_path, config.limits.max_line_bytes))
 
   def check(row: validate.Row, token_ids: np.ndarray) -> validate.Row | RowError:
@@ -75,7 +75,7 @@ def prepare(input_path: str, store_path: pathlib.Path, config: JobConfig, model:
       num_rows += len(batch)
       for row, token_ids in _tokenize(batch, tokenizer):
         if not isinstance(row, RowError):
-          row = _guarded(row, "", check, row, token_ids)
+          row = guarded(row, "", check, row, token_ids)
         if not isinstance(row, RowError):
           store.append(row, token_ids)
         elif config.strict:
@@ -121,7 +121,7 @@ class _Renderer:
     row = self._with_stop_ids(row)
     if not isinstance(row.prompt, list):
       return _Text(row, row.prompt)
-    text = _guarded(row, "messages", self._render, row)
+    text = guarded(row, "messages", self._render, row)
     if isinstance(text, RowError):
       return text
     # What made the prompt is not held any longer.
@@ -150,7 +150,7 @@ class _Renderer:
         stop_token_ids=tuple(dict.fromkeys([*params.stop_token_ids, *ids]))))
 
 
-def _guarded(row: Record | validate.Row, field: str, fn: Callable[..., T], *args: Any
+def guarded(row: Record | validate.Row, field: str, fn: Callable[..., T], *args: Any
              ) -> T | RowError:
   """What `fn` returns, or the error row that stands for whatever a row made it raise.
 
@@ -198,9 +198,9 @@ def _tokenize(batch: list[_Text | RowError], tokenizer: Tokenizer
       return tokenizer.encode_batch([batch[i].prompt for i in positions],
                                     add_special_tokens=add_special_tokens)
 
-    encoded = _guarded(batch[chosen[0]].row, "", encode, *chosen) if chosen else []
+    encoded = guarded(batch[chosen[0]].row, "", encode, *chosen) if chosen else []
     if isinstance(encoded, RowError):  # one row is to blame, and each is told by itself
-      encoded = [_guarded(batch[i].row, batch[i].field, encode, i) for i in chosen]
+      encoded = [guarded(batch[i].row, batch[i].field, encode, i) for i in chosen]
       encoded = [item if isinstance(item, RowError) else item[0] for item in encoded]
     for i, ids in zip(chosen, encoded):
       results[i] = (ids, _NO_TOKENS) if isinstance(ids, RowError) else (

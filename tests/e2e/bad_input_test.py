@@ -50,6 +50,12 @@ BAD_ROWS = [
      "o", "messages", r"the model has no chat template: give a prompt, or set chat_template"),
     ("stop token out of range", b'{"id": "p", "prompt": "x", "stop_token_ids": [97]}', "p",
      "stop_token_ids", r"stop_token_ids names token 97"),
+    ("stop string that is too long", b'{"id": "s", "prompt": "x", "stop": "%s"}' % (b"y" * 2000), "s",
+     "stop", r"2000 characters are more than limits.max_stop_chars=1024: use fewer, or raise"),
+    ("too many samples", b'{"id": "t", "prompt": "x", "n": 1000000000}', "t", "n",
+     r"1000000000 samples are more than limits.max_n=10000: use fewer, or raise the limit"),
+    ("digits without end", b'{"id": "u", "prompt": "x", "logit_bias": {"%s": 1}}' % (b"1" * 5000),
+     "u", "logit_bias", r"logit_bias must be keyed by token ids written as strings"),
     ("batch line without a body", b'{"custom_id": "q", "method": "POST", "url": "/v1/completions"}',
      "q", "body", r"body is missing: a batch line has custom_id, method, url and body"),
     ("batch line without an id", b'{"method": "POST", "url": "/v1/completions", "body": {}}',
@@ -168,12 +174,6 @@ def test_output_directory_without_permission(tmp_path):
   (tmp_path / "locked").mkdir(mode=0o500)
   with pytest.raises(PermissionError, match="locked"):
     run_paths(tmp_path, output_path="locked/out.jsonl")
-
-
-def test_stop_strings_that_make_too_large_a_table(tmp_path):
-  data = json.dumps({"id": "a", "prompt": "x", "stop": ["y" * 40_000], "max_tokens": 2}).encode()
-  with pytest.raises(ConfigError, match=r"stop: the stop table .* use fewer"):
-    run(tmp_path, data)
 
 
 @pytest.mark.parametrize("template, message", [
