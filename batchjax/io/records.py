@@ -14,8 +14,7 @@ from batchjax.config import RowLimits
 from batchjax.io.fields import InvalidField
 
 FORMATS = (".jsonl", ".jsonl.gz", ".parquet")
-# Small, so that a long text that stands once in the file and in many rows is not in memory often.
-_PARQUET_BATCH_ROWS = 64
+_PARQUET_BATCH_ROWS, _PARQUET_BATCH_BYTES = 256, 2 << 30
 _CHUNK_BYTES = 1 << 18
 _MAX_MESSAGE_CHARS = 1000
 
@@ -217,10 +216,21 @@ def _parquet_rows(source: BinaryIO, max_bytes: int) -> Iterator[_Row]:
   names = parquet.schema_arrow.names
   if twice := sorted({name for name in names if names.count(name) > 1}):
     raise ValueError(f"two columns have the name {twice[0]!r}")
-  for batch in parquet.iter_batches(_PARQUET_BATCH_ROWS):
+  for batch in parquet.iter_batches(_batch_rows(parquet.metadata)):
     for request_id, value in _parquet_batch(batch, max_bytes):
       row += 1
       yield row, request_id, value
+
+
+def _batch_rows(metadata: pq.FileMetaData) -> int:
+  """How many rows to decode at a time, so that they hold no more than `_PARQUET_BATCH_BYTES`.
+
+  A value may stand once in its row group and be that of every row; it is no larger than the group.
+  """
+  # Not the columns' own sizes: Arrow aborts the process over some damage in them.
+  largest = max((metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)),
+                default=0)
+  return max(1, min(_PARQUET_BATCH_ROWS, _PARQUET_BATCH_BYTES // max(largest, 1)))
 
 
 def _parquet_batch(batch: pa.RecordBatch, max_bytes: int

@@ -193,6 +193,17 @@ def test_a_bad_parquet_row_is_one_error_between_good_ones(tmp_path, field, value
   assert bad.value.request_id == (None if "max_line" in told else "bad")
 
 
+def test_a_value_that_stands_once_in_the_file_is_not_decoded_for_many_rows(tmp_path, monkeypatch):
+  monkeypatch.setattr(records, "_PARQUET_BATCH_BYTES", 1 << 20)
+  text = "x" * 300_000
+  pq.write_table(pa.table([[text] * 300], names=["prompt"]), tmp_path / "in.parquet")
+  peak = pa.total_allocated_bytes()
+  for count, record in enumerate(records.read(tmp_path / "in.parquet"), start=1):
+    peak = max(peak, pa.total_allocated_bytes())
+    assert record.value == {"prompt": text}
+  assert count == 300 and peak < 30 * len(text)
+
+
 def test_columns_of_one_name_are_refused(tmp_path):
   pq.write_table(pa.table([["a"], ["b"]], names=["id", "id"]), tmp_path / "in.parquet")
   with pytest.raises(records.InputError, match="two columns have the name 'id'"):
