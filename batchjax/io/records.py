@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable, Iterator
 import dataclasses
+import decimal
 import gzip
 import json
 from typing import Any, BinaryIO
@@ -95,7 +96,7 @@ def read(path: epath.PathLike, max_row_bytes: int = RowLimits.max_line_bytes) ->
 
   A row that cannot be decoded, or is too long, carries a RowError and the next
   one follows; blank lines are skipped but counted in `row`. A null column or
-  struct field of a Parquet file counts as absent.
+  struct field of a Parquet file counts as absent, and bytes are text in UTF-8.
 
   Args:
     path: of the file.
@@ -235,13 +236,13 @@ def _batch_rows(metadata: pq.FileMetaData) -> int:
 
 def _parquet_batch(batch: pa.RecordBatch, max_bytes: int
                    ) -> Iterable[tuple[str | None, dict[str, Any] | InvalidField]]:
-  if batch.nbytes <= max_bytes:
-    try:
-      return [(None, _without_nulls(value))
-              for value in batch.to_pylist(maps_as_pydicts="strict")]
-    except Exception:  # of some row: each by itself
-      pass
-  return (_parquet_row(batch.slice(i, 1), max_bytes) for i in range(batch.num_rows))
+  one_by_one = (_parquet_row(batch.slice(i, 1), max_bytes) for i in range(batch.num_rows))
+  if batch.nbytes > max_bytes:
+    return one_by_one
+  try:
+    return [(None, _json_value(value)) for value in batch.to_pylist(maps_as_pydicts="strict")]
+  except Exception:  # over some row, which is told where each is read by itself
+    return one_by_one
 
 
 def _parquet_row(batch: pa.RecordBatch, max_bytes: int
@@ -253,7 +254,7 @@ def _parquet_row(batch: pa.RecordBatch, max_bytes: int
   value, problem = {}, None
   for name, column in zip(batch.schema.names, batch.columns):
     try:
-      item = _without_nulls(column[0].as_py(maps_as_pydicts="strict"))
+      item = _json_value(column[0].as_py(maps_as_pydicts="strict"))
     except Exception as e:  # Arrow holds more than Python has values for
       problem = problem or InvalidField(name, f"column {name} holds what cannot be read "
                                         f"({one_line(e)}): correct it, or leave the column out")
@@ -266,9 +267,14 @@ def _parquet_row(batch: pa.RecordBatch, max_bytes: int
   return request_id if isinstance(request_id, str) else None, problem
 
 
-def _without_nulls(value: Any) -> Any:
+def _json_value(value: Any) -> Any:
+  """The value as JSON has it: without nulls, bytes as text, decimals as numbers."""
   if isinstance(value, dict):
-    return {key: _without_nulls(item) for key, item in value.items() if item is not None}
+    return {key: _json_value(item) for key, item in value.items() if item is not None}
   if isinstance(value, list):
-    return [_without_nulls(item) for item in value]
+    return [_json_value(item) for item in value]
+  if isinstance(value, bytes):
+    return value.decode("utf-8")
+  if isinstance(value, decimal.Decimal):
+    return int(value) if value == value.to_integral_value() else float(value)
   return value

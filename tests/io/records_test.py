@@ -1,6 +1,7 @@
 """Reading rows: formats, damage, and what users are told."""
 
 import collections
+import decimal
 import gzip
 import itertools
 import json
@@ -191,6 +192,18 @@ def test_a_bad_parquet_row_is_one_error_between_good_ones(tmp_path, field, value
   assert (bad.index, bad.row) == (1, 2) and told in bad.value.message
   assert bad.value.field == ("" if "max_line" in told else field)
   assert bad.value.request_id == (None if "max_line" in told else "bad")
+
+
+def test_parquet_values_are_those_of_json(tmp_path):
+  D = decimal.Decimal
+  columns = {"text": pa.array([b"\xc3\xa9", b"\xff"]), "int": pa.array([D("7.0"), D("3")]),
+             "big": pa.array([D("9007199254740993"), D("1")]), "float": pa.array([D("0.5"), D("1.5")]),
+             "deep": pa.array([[{"a": [b"x"], "b": None}], []])}
+  pq.write_table(pa.table(columns), tmp_path / "in.parquet")
+  first, second = records.read(tmp_path / "in.parquet")
+  assert first.value == {"text": "é", "int": 7, "big": 9007199254740993, "float": 0.5,
+                         "deep": [{"a": ["x"]}]}
+  assert type(first.value["int"]) is int and second.value.field == "text"
 
 
 def test_a_value_that_stands_once_in_the_file_is_not_decoded_for_many_rows(tmp_path, monkeypatch):
