@@ -317,7 +317,7 @@ def test_a_record_that_was_not_read_stays_an_error():
 
 HUGE = st.sampled_from([10**18, -2**63, 2**64, 10**400, 1e308, -1e-320, float("inf"), 7.0, 2.0**53])
 JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | HUGE
-                    | st.text(max_size=4) | st.sampled_from(["\0", "\ud800", "9" * 5000, "x" * 2000]),
+                    | st.text(max_size=4) | st.sampled_from(["\0", "9" * 5000, "x" * 2000]),
                     lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=4), x,
                                                                         max_size=3), max_leaves=6)
 NAMES = sorted(fields.FIELDS["plain"] | {"custom_id", "method", "url", "body"})
