@@ -42,6 +42,12 @@ class InvalidField(ValueError):
     self.field, self.code = field, code
 
 
+def one_line(error: BaseException) -> str:
+  """The type of an exception and the first of its words."""
+  words = " ".join(str(error).split())
+  return f"{type(error).__name__}: {words[:200]}" if words else type(error).__name__
+
+
 def reject(field: str, rule: str, value: Any) -> NoReturn:
   """Raises InvalidField that says what the field must be and shows its value, cut short."""
   try:

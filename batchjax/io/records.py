@@ -1,22 +1,18 @@
 """Reads the rows of an input file one by one, whatever its format."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 import dataclasses
-import decimal
 import gzip
-import json
 from typing import Any, BinaryIO
 
 from etils import epath
-import pyarrow as pa
-import pyarrow.parquet as pq
 
 from batchjax.config import RowLimits
-from batchjax.io.fields import InvalidField
+from batchjax.io.fields import InvalidField, one_line
+from batchjax.io.json_rows import json_rows
+from batchjax.io.parquet_rows import parquet_rows
 
 FORMATS = (".jsonl", ".jsonl.gz", ".parquet")
-_PARQUET_BATCH_ROWS, _PARQUET_BATCH_BYTES = 256, 2 << 30
-_CHUNK_BYTES = 1 << 18
 _MAX_MESSAGE_CHARS = 1000
 
 
@@ -123,7 +119,7 @@ def read(path: epath.PathLike, max_row_bytes: int = RowLimits.max_line_bytes) ->
 
 def _records(path: epath.PathLike, suffix: str, source: BinaryIO,
              max_row_bytes: int) -> Iterator[Record]:
-  index, read_fn = -1, _parquet_rows if suffix == ".parquet" else _json_rows
+  index, read_fn = -1, parquet_rows if suffix == ".parquet" else json_rows
   with source:
     try:
       stream = gzip.GzipFile(fileobj=source) if suffix == ".jsonl.gz" else source
@@ -140,141 +136,3 @@ def _records(path: epath.PathLike, suffix: str, source: BinaryIO,
                        "again") from e
   if index < 0:
     raise InputError(f"{path} holds no rows: write at least one request into it")
-
-
-def one_line(error: BaseException) -> str:
-  """The type of an exception and the first of its words."""
-  words = " ".join(str(error).split())
-  return f"{type(error).__name__}: {words[:200]}" if words else type(error).__name__
-
-
-# Row, id where a bad row has one that can be read, and the object or what is wrong with it.
-_Row = tuple[int, str | None, dict[str, Any] | InvalidField]
-
-
-def _json_rows(source: BinaryIO, max_bytes: int) -> Iterator[_Row]:
-  for row, line in enumerate(_lines(source, max_bytes), start=1):
-    if line is None:
-      yield row, None, InvalidField("", f"the line has more than limits.max_line_bytes={max_bytes} bytes: "
-                              "shorten it, or raise the limit", "limit_exceeded")
-    else:
-      if row == 1:
-        line = line.removeprefix(b"\xef\xbb\xbf")  # byte order mark
-      if line.strip():
-        yield row, None, _decode(line.removesuffix(b"\r"))
-
-
-def _lines(source: BinaryIO, max_bytes: int) -> Iterator[bytes | None]:
-  """Lines without their ends; None for a longer one, of which no more than the limit is held."""
-  parts, num_bytes = [], 0  # of the line that is not at its end yet
-  while chunk := source.read(_CHUNK_BYTES):
-    *ended, rest = chunk.split(b"\n")
-    for piece in ended:
-      yield b"".join([*parts, piece]) if num_bytes + len(piece) <= max_bytes else None
-      parts, num_bytes = [], 0
-    num_bytes += len(rest)
-    if num_bytes <= max_bytes:
-      parts.append(rest)
-    else:
-      parts.clear()
-  if num_bytes:
-    yield b"".join(parts) if num_bytes <= max_bytes else None
-
-
-def _decode(line: bytes) -> dict[str, Any] | InvalidField:
-  """The object in the line, or what is wrong with it."""
-  try:
-    value = json.loads(line.decode("utf-8"))
-    if b"\\u" in line:  # half of a surrogate pair decodes, but no file can hold it
-      json.dumps(value, ensure_ascii=False).encode("utf-8")
-  except UnicodeDecodeError as e:
-    problem = f"byte {e.start + 1} of the line is not valid UTF-8: save the file as UTF-8"
-  except UnicodeEncodeError:
-    problem = ("the line has half of a surrogate pair (\\ud800 to \\udfff): write the whole "
-               "character")
-  except json.JSONDecodeError as e:
-    problem = (f"the line is not valid JSON at column {e.colno} ({e.msg}): "
-               "write each request as one JSON object on one line")
-  except RecursionError:
-    problem = "the JSON of the line is nested too deeply: flatten it"
-  except ValueError as e:  # an integer of thousands of digits
-    words = str(e).split(";")[0]
-    problem = f"the line has a number that cannot be read ({words}): shorten it"
-  else:
-    if isinstance(value, dict):
-      return value
-    problem = (f"the line holds {_JSON_NAMES[type(value)]}, not an object: "
-               'write each request as {"id": ..., "prompt": ...}')
-  return InvalidField("", problem, "invalid_json")
-
-
-_JSON_NAMES = {list: "a list", str: "a string", int: "a number", float: "a number",
-               bool: "true or false", type(None): "null"}
-
-
-def _parquet_rows(source: BinaryIO, max_bytes: int) -> Iterator[_Row]:
-  row, parquet = 0, pq.ParquetFile(source, page_checksum_verification=True)
-  names = parquet.schema_arrow.names
-  if twice := sorted({name for name in names if names.count(name) > 1}):
-    raise ValueError(f"two columns have the name {twice[0]!r}")
-  for batch in parquet.iter_batches(_batch_rows(parquet.metadata)):
-    for request_id, value in _parquet_batch(batch, max_bytes):
-      row += 1
-      yield row, request_id, value
-
-
-def _batch_rows(metadata: pq.FileMetaData) -> int:
-  """How many rows to decode at a time, so that they hold no more than `_PARQUET_BATCH_BYTES`.
-
-  A value may stand once in its row group and be that of every row; it is no larger than the group.
-  """
-  # Not the columns' own sizes: Arrow aborts the process over some damage in them.
-  largest = max((metadata.row_group(i).total_byte_size for i in range(metadata.num_row_groups)),
-                default=0)
-  return max(1, min(_PARQUET_BATCH_ROWS, _PARQUET_BATCH_BYTES // max(largest, 1)))
-
-
-def _parquet_batch(batch: pa.RecordBatch, max_bytes: int
-                   ) -> Iterable[tuple[str | None, dict[str, Any] | InvalidField]]:
-  one_by_one = (_parquet_row(batch.slice(i, 1), max_bytes) for i in range(batch.num_rows))
-  if batch.nbytes > max_bytes:
-    return one_by_one
-  try:
-    return [(None, _json_value(value)) for value in batch.to_pylist(maps_as_pydicts="strict")]
-  except Exception:  # over some row, which is told where each is read by itself
-    return one_by_one
-
-
-def _parquet_row(batch: pa.RecordBatch, max_bytes: int
-                 ) -> tuple[str | None, dict[str, Any] | InvalidField]:
-  """The id of a bad row, and the object in a batch of one row or what is wrong with it."""
-  if batch.nbytes > max_bytes:
-    return None, InvalidField("", f"the row has more than limits.max_line_bytes={max_bytes} bytes: "
-                              "shorten it, or raise the limit", "limit_exceeded")
-  value, problem = {}, None
-  for name, column in zip(batch.schema.names, batch.columns):
-    try:
-      item = _json_value(column[0].as_py(maps_as_pydicts="strict"))
-    except Exception as e:  # Arrow holds more than Python has values for
-      problem = problem or InvalidField(name, f"column {name} holds what cannot be read "
-                                        f"({one_line(e)}): correct it, or leave the column out")
-    else:
-      if item is not None:
-        value[name] = item
-  if problem is None:
-    return None, value
-  request_id = value.get("custom_id", value.get("id"))
-  return request_id if isinstance(request_id, str) else None, problem
-
-
-def _json_value(value: Any) -> Any:
-  """The value as JSON has it: without nulls, bytes as text, decimals as numbers."""
-  if isinstance(value, dict):
-    return {key: _json_value(item) for key, item in value.items() if item is not None}
-  if isinstance(value, list):
-    return [_json_value(item) for item in value]
-  if isinstance(value, bytes):
-    return value.decode("utf-8")
-  if isinstance(value, decimal.Decimal):
-    return int(value) if value == value.to_integral_value() else float(value)
-  return value

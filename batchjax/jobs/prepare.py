@@ -11,7 +11,7 @@ import numpy as np
 from batchjax.cache.page_table import pages_for
 from batchjax.config import ConfigError, JobConfig, ModelConfig
 from batchjax.io import records, validate
-from batchjax.io.fields import InvalidField
+from batchjax.io.fields import InvalidField, one_line
 from batchjax.io.records import Record, RowError
 from batchjax.io.store import RequestReader, RequestWriter
 from batchjax.plan.memory import num_kv_pages
@@ -168,7 +168,7 @@ def guarded(row: Record | validate.Row, field: str, fn: Callable[..., T], *args:
     # A panic of the tokenizers library, which is written in Rust, is no Exception.
     if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
       raise
-    return error(field, f"{field or 'the row'} cannot be processed ({records.one_line(e)}): change "
+    return error(field, f"{field or 'the row'} cannot be processed ({one_line(e)}): change "
                  "it, or remove the row", "invalid_value")
 
 

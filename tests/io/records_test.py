@@ -12,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchjax.io import records
+from batchjax.io import json_rows, parquet_rows, records
 
 ROWS = [{"id": "a", "prompt": "héllo\u2028"}, {"id": "b", "messages": [{"role": "user"}]}]
 
@@ -90,7 +90,7 @@ def test_a_bad_line_is_one_error_between_good_ones(tmp_path, line, told):
 
 @pytest.mark.parametrize("chunk", [1, 3, 7, 1 << 18])
 def test_lines_are_cut_where_they_end_and_long_ones_are_errors(tmp_path, monkeypatch, chunk):
-  monkeypatch.setattr(records, "_CHUNK_BYTES", chunk)
+  monkeypatch.setattr(json_rows, "_CHUNK_BYTES", chunk)
   fits, over = b'{"a":"' + b"x" * 12 + b'"}', b'{"a":"' + b"x" * 13 + b'"}'
   data = b"\r\n".join([fits, b"", over + over, fits]) + b"\n\n" + over
   for name, packed in (("in.jsonl", data), ("in.jsonl.gz", gzip.compress(data))):
@@ -207,7 +207,7 @@ def test_parquet_values_are_those_of_json(tmp_path):
 
 
 def test_a_value_that_stands_once_in_the_file_is_not_decoded_for_many_rows(tmp_path, monkeypatch):
-  monkeypatch.setattr(records, "_PARQUET_BATCH_BYTES", 1 << 20)
+  monkeypatch.setattr(parquet_rows, "_BATCH_BYTES", 1 << 20)
   text = "x" * 300_000
   pq.write_table(pa.table([[text] * 300], names=["prompt"]), tmp_path / "in.parquet")
   peak = pa.total_allocated_bytes()

@@ -165,7 +165,10 @@ def test_a_special_token_written_as_a_stop_string_is_its_id(tmp_path):
     special_ids = frozenset([0, 5])
 
     def decode(self, token_ids, skip_special_tokens=True, *, is_continuation=False):
-      return {0: "<end>", 5: "<|im_end|>"}[token_ids[0]]
+      return self.token_name(token_ids[0]).decode()
+
+    def token_name(self, token_id):
+      return {0: b"<end>", 5: b"<|im_end|>"}[token_id]
 
   _, stored, _ = run(tmp_path, [{"prompt": "x", "stop": ["<|im_end|>", "a", "<end>"],
                                  "stop_token_ids": [7, 5]},
