@@ -6,6 +6,7 @@ import numpy as np
 
 from batchjax.io.fields import Form, InvalidField, reject, token_ids
 from batchjax.text import messages
+from batchjax.text.chat import RESERVED_NAMES
 
 _SOURCES: dict[Form, tuple[str, ...]] = {
     "chat": ("messages",),
@@ -38,9 +39,10 @@ def prompt(fields: dict[str, Any], form: Form) -> str | list[dict[str, Any]] | n
       raise InvalidField("prompt", "prompt is empty: give it at least one character")
     if isinstance(value, str):
       return value
-  if not token_ids(name, value):
+  ids = token_ids(name, value)
+  if not ids:
     raise InvalidField(name, f"{name} is empty: give it at least one token")
-  return np.array(value, np.int32)
+  return np.array(ids, np.int32)
 
 
 def tools(fields: dict[str, Any]) -> list[dict[str, Any]] | None:
@@ -64,10 +66,13 @@ def tools(fields: dict[str, Any]) -> list[dict[str, Any]] | None:
 
 
 def chat_template_kwargs(fields: dict[str, Any]) -> dict[str, Any]:
-  """Further variables of the chat template; raises InvalidField where it is no object."""
+  """Further variables of the chat template; raises InvalidField where it may not have them."""
   value = fields.get("chat_template_kwargs", {})
-  if not isinstance(value, dict):
+  if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
     reject("chat_template_kwargs", "an object", value)
+  if taken := sorted(RESERVED_NAMES & set(value)):
+    raise InvalidField(f"chat_template_kwargs.{taken[0]}", f"chat_template_kwargs may not name "
+                       f"{taken[0]}, which every template is given: remove it")
   if value:
     _needs_messages("chat_template_kwargs", fields)
   return value

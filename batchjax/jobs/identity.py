@@ -17,7 +17,7 @@ def identity(config: JobConfig, input_path: str) -> dict[str, Any]:
   engine = {name: getattr(config.engine, name)
             for name in ("share_prefixes", "max_levels", "plan_window")}
   settings = {"sampling": dataclasses.asdict(config.sampling), "seed": config.seed,
-              "strict": config.strict, "engine": engine,
+              "limits": dataclasses.asdict(config.limits), "strict": config.strict, "engine": engine,
               "chat_template": _hash_files(config.chat_template)}
   return {"input": hash_file(input_path), "model": model,
           "tokenizer": _hash_files(source.tokenizer), "settings": settings}

@@ -114,16 +114,14 @@ def _forget(directory: pathlib.Path) -> None:
     directory.rmdir()
 
 
-def _stop_table(requests: RequestReader, model: ModelConfig,
-                tokenizer: Tokenizer) -> StopTable | None:
-  """Automata of all stop strings, None where there are none; raises ConfigError if too large."""
+def _stop_table(requests: RequestReader, model: ModelConfig, tokenizer: Tokenizer,
+                max_bytes: int) -> StopTable | None:
+  """Automata of all stop strings, None where there are none; `prepare` saw to it that they fit."""
   stops = prepare.stop_strings(requests)
   if not stops:
     return None
-  try:
-    return build_stop_table(stops, [tokenizer.token_bytes(i) for i in range(model.vocab_size)])
-  except ValueError as e:
-    raise ConfigError(f"stop: {e}") from e
+  return build_stop_table(stops, [tokenizer.token_bytes(i) for i in range(model.vocab_size)],
+                          max_bytes)
 
 
 def _complete(job: job_lib.Job, requests: RequestReader, left: np.ndarray,
@@ -131,7 +129,7 @@ def _complete(job: job_lib.Job, requests: RequestReader, left: np.ndarray,
               tokenizer: Tokenizer, quiet: bool, loaders: Loaders, stop: Stop) -> None:
   """Runs the requests at positions `left` and journals each as it is done."""
   engine = config.engine
-  stop_table = _stop_table(requests, model_config, tokenizer)
+  stop_table = _stop_table(requests, model_config, tokenizer, config.limits.max_stop_table_bytes)
   device = jax.devices()[0]
   model = loaders.load(config.model, model_config)
   features = SamplingFeatures.of((r.sampling_params for r in requests),

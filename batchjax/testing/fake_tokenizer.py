@@ -13,6 +13,7 @@ class FakeTokenizer:
   special_tokens: Mapping[str, str] = {}
   special_text = None
   chat_template = None
+  special_ids = frozenset()
   vocab_size = 1 + len(_CHARS)
 
   @property

@@ -10,15 +10,17 @@ from typing import Any, NoReturn
 import jinja2
 import jinja2.ext
 import jinja2.nodes
-import jinja2.sandbox
+
+from batchjax.config import RowLimits
+from batchjax.text.sandbox import BoundedEnvironment
 
 from batchjax.text.messages import Message, MessageError, content_text, map_strings, normalize
 from batchjax.text.special_text import SpecialText
 from batchjax.text.template_reads import TemplateReads, template_reads
 
-# What a template can raise over messages that it was not written for.
-_RENDER_ERRORS = (jinja2.TemplateError, TypeError, ValueError, LookupError, ArithmeticError,
-                  AttributeError, RecursionError)
+# Names that `render` gives to the template itself, so that no row may.
+RESERVED_NAMES = frozenset(["messages", "tools", "add_generation_prompt", "bos_token", "eos_token",
+                            "pad_token", "unk_token"])
 
 
 class _GenerationBlock(jinja2.ext.Extension):
@@ -47,22 +49,29 @@ class ChatTemplate:
   reads: TemplateReads
 
 
-def compile_template(source: str) -> ChatTemplate:
+def compile_template(source: str, limits: RowLimits = RowLimits()) -> ChatTemplate:
   """Compiles a chat template in a sandbox, with the names that Hugging Face templates use.
+
+  Args:
+    source: of the template.
+    limits: time and size of one rendering.
 
   Raises:
     ValueError: the source is no jinja2 template; the message names the line.
   """
-  environment = jinja2.sandbox.ImmutableSandboxedEnvironment(
-      trim_blocks=True, lstrip_blocks=True,
+  environment = BoundedEnvironment(
+      limits.max_template_secs, limits.max_template_chars, trim_blocks=True, lstrip_blocks=True,
       extensions=[jinja2.ext.loopcontrols, _GenerationBlock])
-  environment.filters["tojson"] = _to_json
+  environment.add_filter("tojson", _to_json)
   environment.globals.update(raise_exception=_raise, strftime_now=_strftime_now)
   try:
     return ChatTemplate(environment.from_string(source), template_reads(environment, source))
   except jinja2.TemplateSyntaxError as error:
     raise ValueError(f"the chat template is not valid at line {error.lineno}: "
                      f"{error.message}") from error
+  except Exception as error:  # the parser and Python's compiler recurse
+    raise ValueError("the chat template cannot be compiled "
+                     f"({type(error).__name__}: {error}): simplify it") from error
 
 
 def choose(templates: Mapping[str, ChatTemplate], tools: Any) -> ChatTemplate | None:
@@ -70,7 +79,7 @@ def choose(templates: Mapping[str, ChatTemplate], tools: Any) -> ChatTemplate | 
   return (templates.get("tool_use") if tools else None) or templates.get("default")
 
 
-def render(template: str | ChatTemplate, messages: Sequence[Message], *,
+def render(template: str | ChatTemplate, messages: Sequence[Message], /, *,
            add_generation_prompt: bool = True,
            tools: Sequence[Mapping[str, Any]] | None = None,
            special_tokens: Mapping[str, str] = types.MappingProxyType({}),
@@ -112,8 +121,11 @@ def render(template: str | ChatTemplate, messages: Sequence[Message], *,
                add_generation_prompt=add_generation_prompt)
   try:
     return template.template.render({**given, **special_tokens, **names})
-  except _RENDER_ERRORS as error:
+  except jinja2.TemplateError as error:
     raise ValueError(f"the chat template refused the messages: {error}") from error
+  except Exception as error:  # what a template can raise over messages that it was not written for
+    raise ValueError("the chat template refused the messages: "
+                     f"{type(error).__name__}: {error}") from error
 
 
 def _shape(message: dict[str, Any], reads: TemplateReads) -> dict[str, Any]:
