@@ -184,6 +184,8 @@ class ModelSource:
     name: what requests call it in their `model` field; "" accepts any name.
     dtype: parameters, activations and KV are held in this type.
     tokenizer: path of the tokenizer where it is not beside the weights.
+    split_special_tokens: names of special tokens in rows' prompts and messages are ordinary text,
+      for rows that are not trusted; those that a chat template writes stay tokens.
   """
 
   path: str = ""
@@ -193,6 +195,7 @@ class ModelSource:
   name: str = ""
   dtype: Literal["float32", "bfloat16", "float16"] = "float32"
   tokenizer: str = ""
+  split_special_tokens: bool = False
 
   def __post_init__(self):
     if self.format == "random":
@@ -203,6 +206,44 @@ class ModelSource:
 
 
 @dataclasses.dataclass(frozen=True)
+class RowLimits:
+  """The most that a row may ask for; one that asks for more is an error row that names the limit.
+
+  Attributes:
+    max_line_bytes: of a line of a file, or a Parquet row.
+    max_name_chars: of an id, or the name of a model or field.
+    max_messages: of a chat.
+    max_n: samples of a prompt.
+    max_top_logprobs: alternatives per token.
+    max_stop_strings: of a row.
+    max_stop_chars: of one stop string.
+    max_stop_token_ids: of a row.
+    max_logit_bias: biased tokens of a row.
+    max_stop_table_bytes: automata of all stop strings of the job; the rows that do not fit into it
+      are the error rows.
+    max_template_chars: of the prompt that the chat template makes, and of every value on the way.
+    max_template_secs: processor time that the chat template takes.
+  """
+
+  max_line_bytes: int = 16 << 20
+  max_name_chars: int = 1024
+  max_messages: int = 10_000
+  max_n: int = 10_000
+  max_top_logprobs: int = 1000
+  max_stop_strings: int = 1000
+  max_stop_chars: int = 1024
+  max_stop_token_ids: int = 4096
+  max_logit_bias: int = 4096
+  max_stop_table_bytes: int = 512 << 20
+  max_template_chars: int = 8 << 20
+  max_template_secs: float = 5.0
+
+  def __post_init__(self):
+    for name, value in dataclasses.asdict(self).items():
+      _require(value > 0, f"limits.{name} must be positive, got {value}")
+
+
+@dataclasses.dataclass(frozen=True)
 class JobConfig:
   """One job: a model, how to run it, and what rows mean that leave settings out.
 
@@ -210,6 +251,7 @@ class JobConfig:
     model: where the model comes from.
     engine: how it runs.
     sampling: defaults of sampling parameters that a row does not name.
+    limits: what a row may ask for.
     chat_template: path of a jinja2 template that replaces the model's own; "" keeps that.
     strict: one bad row stops the job before it starts.
     seed: folded with the request id where a row gives no seed.
@@ -218,6 +260,7 @@ class JobConfig:
   model: ModelSource
   engine: EngineConfig = EngineConfig()
   sampling: SamplingParams = SamplingParams()
+  limits: RowLimits = RowLimits()
   chat_template: str = ""
   strict: bool = False
   seed: int = 0

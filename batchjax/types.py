@@ -8,13 +8,14 @@ Legend of the dimension letters used in every shape annotation:
   L  layers                       D  model width
   Q  query heads                  K  KV heads
   H  head dim                     F  feed-forward width
-  V  vocabulary                   U  stop automata
+  V  vocabulary                   U  states of all stop automata
 
 Host values are frozen dataclasses over numpy, complete at construction.
 Values that cross to the device are NamedTuples of arrays. -1 is the only null.
 """
 
 import dataclasses
+import reprlib
 from typing import Literal, NamedTuple
 
 import numpy as np
@@ -71,7 +72,10 @@ class SamplingParams:
     """Raises ValueError, its message begins with the field's name, for a wrong type or range."""
     def check(name, holds, rule):
       if not holds:
-        raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}")
+        value = getattr(self, name)
+        if type(value) is int and abs(value) >= 2**31 and "integer of" in rule:
+          rule += ", below 2**31"
+        raise ValueError(f"{name} must be {rule}, got {reprlib.repr(value)}")
 
     def is_int(value, low, high=2**31 - 1):
       is_integer = isinstance(value, (int, np.integer)) and not isinstance(value, bool)
@@ -194,8 +198,9 @@ class StopTable(NamedTuple):
   State 0 is the start; state -1 says that a stop string is complete.
 
   Attributes:
-    transitions: i16[U, states, V], the next state for each state and token.
-    automaton: for each tuple of stop strings, its index on the first axis.
+    transitions: i16[U, V], the next state for each state and token; states count from their
+      automaton's start.
+    automaton: for each tuple of stop strings, the row of `transitions` where its automaton starts.
   """
 
   transitions: np.ndarray
@@ -233,7 +238,7 @@ class SamplingInputs(NamedTuple):
     presence_penalty, frequency_penalty, repetition_penalty: f32[R].
     bias_ids: i32[R, B], -1 unused; bias_values: f32[R, B].
     stop_ids: i32[R, E], -1 unused; the model's end tokens included.
-    automaton: i32[R], index into the stop table, -1 without stop strings.
+    automaton: i32[R], start of its automaton in the stop table, -1 without stop strings.
   """
 
   temperature: np.ndarray

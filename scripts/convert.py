@@ -72,10 +72,12 @@ def write_gguf_texts(path: pathlib.Path, folder: pathlib.Path,
                      eos_token_ids: tuple[int, ...]) -> None:
   """Writes the tokenizer inside a GGUF file as the files of a Hugging Face folder."""
   tokenizer = load_tokenizer(path)
-  settings = {"tokenizer_class": "PreTrainedTokenizerFast",
-              "bos_token": tokenizer.bos_token or None, "eos_token": tokenizer.eos_token or None,
-              "chat_template": tokenizer.chat_template}
-  settings = {key: value for key, value in settings.items() if value is not None}
+  settings = {"tokenizer_class": "PreTrainedTokenizerFast", **tokenizer.special_tokens}
+  if tokenizer.chat_templates:
+    settings["chat_template"] = [{"name": name, "template": template}
+                                 for name, template in tokenizer.chat_templates.items()]
+  if list(tokenizer.chat_templates) == ["default"]:
+    settings["chat_template"] = tokenizer.chat_template
   (folder / "tokenizer.json").write_text(tokenizer.to_json(), encoding="utf-8")
   for name, content in (("tokenizer_config.json", settings),
                         ("generation_config.json", {"eos_token_id": list(eos_token_ids)})):

@@ -15,7 +15,7 @@ NO_JAX = ("batchjax.plan", "batchjax.cache.page_table", "batchjax.engine.pack", 
           "batchjax.config")
 JAX = {"jax", "jaxlib", "flax", "orbax", "optax", "chex"}
 STANDARD_AND_NUMPY = {"dataclasses", "typing", "types", "math", "numpy", "ml_collections",
-                      "collections", "batchjax"}
+                      "collections", "reprlib", "batchjax"}
 SOURCES = sorted(path for package in PACKAGES for path in (ROOT / package).rglob("*.py"))
 
 

@@ -134,14 +134,14 @@ def finish_reasons(tokens: Int[Array, "R"], is_finite: Bool[Array, "R"],
   return jnp.where(is_finite, reasons, 4).astype(jnp.int8)
 
 
-def advance_stop(transitions: Int[Array, "U states V"], automaton: Int[Array, "R"],
+def advance_stop(transitions: Int[Array, "U V"], automaton: Int[Array, "R"],
                  states: Int[Array, "R"], tokens: Int[Array, "R"]) -> Int[Array, "R"]:
   """The automaton state of each row behind its new token; -1 says a stop string is complete.
 
   Rows without an automaton stay at 0, rows without a token (-1) where they
   are. A row that went on at -1 (see `finish_reasons`) starts afresh.
   """
-  moved = transitions[jnp.maximum(automaton, 0), jnp.maximum(states, 0), jnp.maximum(tokens, 0)]
+  moved = transitions[jnp.maximum(automaton, 0) + jnp.maximum(states, 0), jnp.maximum(tokens, 0)]
   moved = jnp.where(tokens < 0, states, moved.astype(jnp.int32))
   return jnp.where(automaton < 0, 0, moved)
 

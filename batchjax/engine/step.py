@@ -44,7 +44,7 @@ def init_engine_state(kv: KVState, max_rows: int, vocab_size: int,
 
 
 def mixed_step(module: Any, features: SamplingFeatures, params: Any,
-               stop_transitions: Int[Array, "U states V"] | None, state: EngineState,
+               stop_transitions: Int[Array, "U V"] | None, state: EngineState,
                inputs: StepInputs) -> tuple[StepOutputs, EngineState]:
   """Decode rows and prefill chunks in one forward pass; rows whose prompt is complete draw.
 
@@ -71,7 +71,7 @@ def mixed_step(module: Any, features: SamplingFeatures, params: Any,
 
 
 def decode_loop(module: Any, features: SamplingFeatures, max_steps: int, params: Any,
-                stop_transitions: Int[Array, "U states V"] | None, state: EngineState,
+                stop_transitions: Int[Array, "U V"] | None, state: EngineState,
                 inputs: StepInputs, num_steps: Int[Array, ""]) -> tuple[StepOutputs, EngineState]:
   """Up to `num_steps` decode steps, at least one, without the host; ends when every row is done.
 

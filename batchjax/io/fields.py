@@ -6,9 +6,13 @@ import hashlib
 import json
 from typing import Any, Literal, NoReturn
 
+from batchjax.config import RowLimits
 from batchjax.types import SamplingParams
 
 Form = Literal["chat", "completions", "plain"]
+
+_INTEGERS = {"top_k", "n", "max_tokens", "max_completion_tokens", "min_tokens", "seed",
+             "top_logprobs"}
 
 _IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 _SCALARS = {"temperature", "top_k", "top_p", "min_p", "n", "max_tokens", "min_tokens", "ignore_eos",
@@ -38,10 +42,57 @@ class InvalidField(ValueError):
     self.field, self.code = field, code
 
 
+def one_line(error: BaseException) -> str:
+  """The type of an exception and the first of its words."""
+  words = " ".join(str(error).split())
+  return f"{type(error).__name__}: {words[:200]}" if words else type(error).__name__
+
+
 def reject(field: str, rule: str, value: Any) -> NoReturn:
   """Raises InvalidField that says what the field must be and shows its value, cut short."""
-  shown = json.dumps(value, ensure_ascii=False, default=repr)
+  try:
+    shown = json.dumps(value, ensure_ascii=False, default=repr)
+  except (RecursionError, TypeError, ValueError):  # nested too deeply, or keys that JSON lacks
+    shown = f"a {type(value).__name__}"
   raise InvalidField(field, f"{field} must be {rule}, got {shown[:60]}{'…' * (len(shown) > 60)}")
+
+
+def require_at_most(field: str, count: int, unit: str, limits: RowLimits, limit: str) -> None:
+  """Raises InvalidField where a row asks for more than `limits.<limit>`."""
+  most = getattr(limits, limit)
+  if count > most:
+    shown = str(count) if count < 10**12 else "more than a trillion"
+    raise InvalidField(field, f"{field}: {shown} {unit} are more than limits.{limit}={most}: use "
+                       "fewer, or raise the limit", "limit_exceeded")
+
+
+def whole(value: Any) -> Any:
+  """A float without a fraction as the integer that it is; any other value as it stands.
+
+  Columns of integers with gaps are floats in the files that many programs write.
+  """
+  return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+def check_sizes(fields: dict[str, Any], limits: RowLimits) -> None:
+  """Raises InvalidField where a value is longer than the limits allow, whatever else it is."""
+  for name in set(fields) - FIELDS["plain"]:
+    if len(name) > limits.max_name_chars:
+      require_at_most(f"{name[:40]}…", len(name), "characters", limits, "max_name_chars")
+  for name, unit, limit in (("messages", "messages", "max_messages"),
+                            ("stop_token_ids", "tokens", "max_stop_token_ids"),
+                            ("logit_bias", "tokens", "max_logit_bias"),
+                            ("model", "characters", "max_name_chars")):
+    if isinstance(fields.get(name), (str, list, dict)):
+      require_at_most(name, len(fields[name]), unit, limits, limit)
+  stop = fields.get("stop")
+  texts = {"stop": stop}
+  if isinstance(stop, list):
+    require_at_most("stop", len(stop), "strings", limits, "max_stop_strings")
+    texts = {f"stop[{i}]": text for i, text in enumerate(stop)}
+  for name, text in texts.items():
+    if isinstance(text, str):
+      require_at_most(name, len(text), "characters", limits, "max_stop_chars")
 
 
 def check_names(fields: dict[str, Any], form: Form) -> None:
@@ -64,12 +115,13 @@ def check_names(fields: dict[str, Any], form: Form) -> None:
 
 
 def sampling_params(fields: dict[str, Any], form: Form, defaults: SamplingParams, *,
-                    job_seed: int, request_id: str) -> SamplingParams:
+                    limits: RowLimits, job_seed: int, request_id: str) -> SamplingParams:
   """The row's sampling parameters; what it leaves out is taken from `defaults`.
 
   Only `seed` is not: without one the row draws from a hash of the job's seed
   and the request id, so that it depends on no other row.
   """
+  fields = {name: whole(value) if name in _INTEGERS else value for name, value in fields.items()}
   given = {name: fields[name] for name in _SCALARS & set(fields)}
   if "max_completion_tokens" in fields:
     if fields.get("max_tokens", fields["max_completion_tokens"]) != fields["max_completion_tokens"]:
@@ -84,6 +136,11 @@ def sampling_params(fields: dict[str, Any], form: Form, defaults: SamplingParams
   if "logit_bias" in fields:
     given["logit_bias"] = _logit_bias(fields["logit_bias"])
   given.update(_logprobs(fields, form, defaults))
+  for name, field, unit in (("n", "n", "samples"),
+                            ("top_logprobs", "logprobs" if form == "completions" else
+                             "top_logprobs", "alternatives per token")):
+    if type(count := given.get(name, getattr(defaults, name))) is int:
+      require_at_most(field, count, unit, limits, f"max_{name}")
   try:
     return dataclasses.replace(defaults, **given)
   except ValueError as e:
@@ -97,9 +154,11 @@ def stable_seed(job_seed: int, request_id: str) -> int:
 
 
 def token_ids(field: str, value: Any) -> list[int]:
-  """The value if it is a list of token ids; raises InvalidField otherwise."""
+  """The value as a list of token ids; raises InvalidField where it is none."""
   if not isinstance(value, list):
     reject(field, "a list of token ids", value)
+  value = [whole(token) for token in value] if any(
+      type(token) is float for token in value) else value
   for i, token in enumerate(value):
     if type(token) is not int or not 0 <= token < 2**31:
       reject(f"{field}[{i}]", "a token id, an integer of at least 0", token)
@@ -126,7 +185,7 @@ def _logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
     reject("logit_bias", 'an object such as {"50256": -100}', value)
   bias_of = {str(token): bias for token, bias in value.items()}
   for token, bias in bias_of.items():
-    if not (token.isascii() and token.isdecimal() and int(token) < 2**31):
+    if not (token.isascii() and token.isdecimal() and len(token) < 20 and int(token) < 2**31):
       reject("logit_bias", "keyed by token ids written as strings", token)
     if type(bias) not in (int, float) or not -100 <= bias <= 100:
       reject(f"logit_bias[{token}]", "a number between -100 and 100", bias)
@@ -136,7 +195,7 @@ def _logit_bias(value: Any) -> tuple[tuple[int, float], ...]:
 def _logprobs(fields: dict[str, Any], form: Form, defaults: SamplingParams) -> dict[str, Any]:
   """The three log-probability settings; each OpenAI form can return only some of them."""
   if form == "completions":
-    count = fields.get("logprobs")
+    count = whole(fields.get("logprobs"))
     if count is None:
       logprobs, top = defaults.logprobs, defaults.top_logprobs if defaults.logprobs else 0
     elif type(count) is not int or count < 0:

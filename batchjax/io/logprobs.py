@@ -1,7 +1,7 @@
 """Log-probabilities in the shapes that the output forms give them."""
 
 import codecs
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import math
 from typing import Any, NamedTuple
 
@@ -54,53 +54,65 @@ def _number(logprob: np.float32) -> float:
   return max(float(str(np.float32(logprob))), _LEAST)
 
 
-def chat(scores: list[TokenScore] | None, token_bytes_fn: Callable[[int], bytes]) -> Any:
-  """`{"content": [{"token", "logprob", "bytes", "top_logprobs"}]}`, or None."""
+def chat(scores: list[TokenScore] | None, name_fn: Callable[[int], bytes]) -> Any:
+  """`{"content": [{"token", "logprob", "bytes", "top_logprobs"}]}`, or None.
+
+  `name_fn` gives a token's bytes; those of a special token spell its name.
+  """
   if scores is None:
     return None
   def entry(token_id: int, logprob: float | None) -> dict[str, Any]:
-    data = token_bytes_fn(token_id)
-    return {"token": _text(data), "logprob": logprob, "bytes": list(data)}
+    return {"token": _text(token_id, name_fn), "logprob": logprob,
+            "bytes": list(name_fn(token_id))}
   return {"content": [entry(score.token_id, score.logprob)
                       | {"top_logprobs": [entry(*other) for other in score.top]}
                       for score in scores]}
 
 
-def completions(scores: list[TokenScore] | None, token_bytes_fn: Callable[[int], bytes],
-                text_len: int) -> Any:
+def completions(scores: list[TokenScore] | None, name_fn: Callable[[int], bytes],
+                pieces: Sequence[bytes], text_len: int, has_top: bool) -> Any:
   """`{"tokens", "token_logprobs", "top_logprobs", "text_offset"}`, or None.
 
-  `top_logprobs` maps texts to log-probabilities, the token's own among them; it
-  is None where no alternatives were asked for. `text_offset` counts characters
-  and stays within the text, which may end before the last tokens' (a stop string).
+  `top_logprobs` maps texts to log-probabilities, the token's own among them.
+  `text_offset` counts characters and stays within the text, which may end before
+  the last tokens' (a stop string).
+
+  Args:
+    scores: of each token, those of an echoed prompt first.
+    name_fn: as in `chat`.
+    pieces: what each token adds to the text.
+    text_len: characters of the text.
+    has_top: alternatives were asked for; else `top_logprobs` is None.
   """
   if scores is None:
     return None
-  tokens, offsets, tops, offset = [], [], [], 0
+  offsets, tops, offset = [], [], 0
   decoder = codecs.getincrementaldecoder("utf-8")("replace")
-  for score in scores:
-    data = token_bytes_fn(score.token_id)
-    tokens.append(_text(data))
+  for score, piece in zip(scores, pieces, strict=True):
     offsets.append(min(offset, text_len))
-    offset += len(decoder.decode(data))
+    offset += len(decoder.decode(piece))
     top = {}
     for other, logprob in [*score.top, (score.token_id, score.logprob)]:
-      top.setdefault(_text(token_bytes_fn(other)), logprob)
+      top.setdefault(_text(other, name_fn), logprob)
     tops.append(None if score.logprob is None else top)
-  has_top = any(score.top for score in scores)
-  return {"tokens": tokens, "token_logprobs": [score.logprob for score in scores],
+  return {"tokens": [_text(score.token_id, name_fn) for score in scores],
+          "token_logprobs": [score.logprob for score in scores],
           "top_logprobs": tops if has_top else None, "text_offset": offsets}
 
 
-def plain(scores: list[TokenScore], token_bytes_fn: Callable[[int], bytes]) -> list[dict[str, Any]]:
+def plain(scores: list[TokenScore], name_fn: Callable[[int], bytes]) -> list[dict[str, Any]]:
   """`[{"token_id", "token", "logprob", "top_logprobs"}]`; the last only where asked for."""
   def entry(token_id: int, logprob: float | None) -> dict[str, Any]:
-    return {"token_id": token_id, "token": _text(token_bytes_fn(token_id)), "logprob": logprob}
+    return {"token_id": token_id, "token": _text(token_id, name_fn), "logprob": logprob}
   return [entry(score.token_id, score.logprob)
           | ({"top_logprobs": [entry(*other) for other in score.top]} if score.top else {})
           for score in scores]
 
 
-def _text(data: bytes) -> str:
-  """The token's text; bytes that are no whole character appear as \\xNN, so none look alike."""
-  return data.decode("utf-8", errors="backslashreplace")
+def _text(token_id: int, name_fn: Callable[[int], bytes]) -> str:
+  """The token's text; bytes that are no whole character appear as \\xNN, so none look alike.
+
+  An id outside the vocabulary, which has no bytes, shows its number.
+  """
+  data = name_fn(token_id)
+  return data.decode("utf-8", errors="backslashreplace") if data else f"token_id:{token_id}"

@@ -5,28 +5,25 @@ random ids, so a job that was killed and resumed writes the same bytes as one
 that ran through: `created` is 0, and ids are hashes of the job's and the request's.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 import hashlib
 from typing import Any
 
 from batchjax.io import logprobs
 from batchjax.io.records import RowError
 from batchjax.io.store import StoredRow
+from batchjax.text.tokenizer import Tokenizer
 from batchjax.types import NOT_FINITE, Choice, Completion
 
-DecodeFn = Callable[..., str]  # (token_ids, *, is_continuation: bool), as `Tokenizer.decode`
-TokenBytesFn = Callable[[int], bytes]
 
-
-def format_completion(row: StoredRow, completion: Completion, *, decode_fn: DecodeFn,
-                      token_bytes_fn: TokenBytesFn, job_id: str) -> dict[str, Any]:
+def format_completion(row: StoredRow, completion: Completion, *, tokenizer: Tokenizer,
+                      job_id: str) -> dict[str, Any]:
   """The output object of a request, in the form in which its row asked.
 
   Args:
     row: what was asked.
     completion: what was generated.
-    decode_fn: text of token ids; `is_continuation` says that they follow a prompt.
-    token_bytes_fn: the bytes that one token stands for.
+    tokenizer: of the model.
     job_id: `Job.id`.
 
   Returns:
@@ -36,7 +33,7 @@ def format_completion(row: StoredRow, completion: Completion, *, decode_fn: Deco
     reason where n > 1. `usage...cached_tokens` is the completion's number.
   """
   format_fn = _plain if row.form == "plain" else _batch
-  return format_fn(row, completion, decode_fn, token_bytes_fn, job_id)
+  return format_fn(row, completion, tokenizer, job_id)
 
 
 def completion_error(row: StoredRow, completion: Completion) -> RowError | None:
@@ -57,25 +54,33 @@ def format_error(error: RowError, *, job_id: str) -> dict[str, Any]:
           "error": details}
 
 
-def choice_text(choice: Choice, stop: tuple[str, ...], decode_fn: DecodeFn,
-                echoed: Sequence[int] = ()) -> str:
-  """The text of a sample behind its echoed prompt, cut before the stop string that ended it.
+def choice_text(choice: Choice, stop: tuple[str, ...], pieces: Sequence[bytes]) -> str:
+  """The text of a sample, cut before the stop string that ended it.
 
   That is the string which the last token completed, the first one if several.
+
+  Args:
+    choice: the sample.
+    stop: the request's stop strings.
+    pieces: what each token adds to the text, those of an echoed prompt first.
   """
-  tokens = [*echoed, *choice.token_ids.tolist()]
-
-  def settled_len(token_ids: Sequence[int]) -> int:
-    # A character whose last bytes are still to come is not part of the text yet.
-    return len(decode_fn(token_ids, is_continuation=not echoed).rstrip("\ufffd"))
-
-  text = decode_fn(tokens, is_continuation=not echoed)
+  text = _decode(pieces)
   if choice.finish_reason != "stop" or not stop or not len(choice.token_ids):
     return text
-  before_last, prompt_len = settled_len(tokens[:-1]), settled_len(echoed) if echoed else 0
+
+  def settled_len(pieces: Sequence[bytes]) -> int:
+    # A character whose last bytes are still to come is not part of the text yet.
+    return len(_decode(pieces).rstrip("\ufffd"))
+
+  before_last = settled_len(pieces[:-1])
+  prompt_len = settled_len(pieces[:len(pieces) - len(choice.token_ids)])
   found = [(start + len(string), start) for string in stop
            if (start := text.find(string, max(prompt_len, before_last - len(string) + 1))) >= 0]
   return text[:min(found)[1]] if found else text
+
+
+def _decode(pieces: Sequence[bytes]) -> str:
+  return b"".join(pieces).decode("utf-8", errors="replace")
 
 
 def _digest(job_id: str, kind: str, name: str) -> str:
@@ -90,8 +95,8 @@ def _usage(completion: Completion) -> dict[str, Any]:
           "prompt_tokens_details": {"cached_tokens": completion.num_cached_tokens}}
 
 
-def _batch(row: StoredRow, completion: Completion, decode_fn: DecodeFn,
-           token_bytes_fn: TokenBytesFn, job_id: str) -> dict[str, Any]:
+def _batch(row: StoredRow, completion: Completion, tokenizer: Tokenizer,
+           job_id: str) -> dict[str, Any]:
   digest = _digest(job_id, "request", row.request.request_id)
   is_chat = row.form == "chat"
   choice_fn = _chat_choice if is_chat else _completions_choice
@@ -100,7 +105,7 @@ def _batch(row: StoredRow, completion: Completion, decode_fn: DecodeFn,
       "object": "chat.completion" if is_chat else "text_completion",
       "created": 0,
       "model": row.model,
-      "choices": [choice_fn(row, completion, choice, decode_fn, token_bytes_fn)
+      "choices": [choice_fn(row, completion, choice, tokenizer)
                   for choice in completion.choices],
       "usage": _usage(completion),
   }
@@ -109,51 +114,54 @@ def _batch(row: StoredRow, completion: Completion, decode_fn: DecodeFn,
           "error": None}
 
 
-def _chat_choice(row: StoredRow, completion: Completion, choice: Choice, decode_fn: DecodeFn,
-                 token_bytes_fn: TokenBytesFn) -> dict[str, Any]:
+def _chat_choice(row: StoredRow, completion: Completion, choice: Choice,
+                 tokenizer: Tokenizer) -> dict[str, Any]:
+  text = choice_text(choice, row.request.sampling_params.stop, _pieces(row, choice, tokenizer))
   return {"index": choice.index,
-          "message": {"role": "assistant", "content": _text(row, choice, decode_fn)},
+          "message": {"role": "assistant", "content": text},
           "finish_reason": choice.finish_reason,
-          "logprobs": logprobs.chat(logprobs.of_choice(choice), token_bytes_fn),
+          "logprobs": logprobs.chat(logprobs.of_choice(choice), tokenizer.token_name),
           **_ids(row, choice)}
 
 
 def _completions_choice(row: StoredRow, completion: Completion, choice: Choice,
-                        decode_fn: DecodeFn, token_bytes_fn: TokenBytesFn) -> dict[str, Any]:
-  text = _text(row, choice, decode_fn)
+                        tokenizer: Tokenizer) -> dict[str, Any]:
+  pieces, params = _pieces(row, choice, tokenizer), row.request.sampling_params
+  text = choice_text(choice, params.stop, pieces)
   scores = logprobs.of_choice(choice)
-  if row.echo:
-    prompt = logprobs.of_prompt(row.request, completion)
-    scores = prompt and scores and prompt + scores
+  if row.echo and scores is not None:
+    scores = logprobs.of_prompt(row.request, completion) + scores
   return {"index": choice.index,
           "text": text,
           "finish_reason": choice.finish_reason,
-          "logprobs": logprobs.completions(scores, token_bytes_fn, len(text)),
+          "logprobs": logprobs.completions(scores, tokenizer.token_name, pieces, len(text),
+                                           has_top=params.top_logprobs > 0),
           **_ids(row, choice)}
 
 
-def _plain(row: StoredRow, completion: Completion, decode_fn: DecodeFn,
-           token_bytes_fn: TokenBytesFn, job_id: str) -> dict[str, Any]:
+def _plain(row: StoredRow, completion: Completion, tokenizer: Tokenizer,
+           job_id: str) -> dict[str, Any]:
   choices = []
   for choice in completion.choices:
-    fields = {"text": _text(row, choice, decode_fn), "finish_reason": choice.finish_reason,
-              **_ids(row, choice)}
+    text = choice_text(choice, row.request.sampling_params.stop, _pieces(row, choice, tokenizer))
+    fields = {"text": text, "finish_reason": choice.finish_reason, **_ids(row, choice)}
     if choice.logprobs is not None:
-      fields["logprobs"] = logprobs.plain(logprobs.of_choice(choice), token_bytes_fn)
+      fields["logprobs"] = logprobs.plain(logprobs.of_choice(choice), tokenizer.token_name)
     choices.append(fields)
   if len(choices) > 1:
     choices = [{"index": choice.index, **fields}
                for choice, fields in zip(completion.choices, choices)]
   prompt = logprobs.of_prompt(row.request, completion)
+  prompt = {} if prompt is None else {
+      "prompt_logprobs": logprobs.plain(prompt, tokenizer.token_name)}
   return {"id": row.request.request_id,
           **(choices[0] if len(choices) == 1 else {"choices": choices}),
-          **({"prompt_logprobs": logprobs.plain(prompt, token_bytes_fn)} if prompt else {}),
-          "usage": _usage(completion)}
+          **prompt, "usage": _usage(completion)}
 
 
-def _text(row: StoredRow, choice: Choice, decode_fn: DecodeFn) -> str:
-  echoed = row.request.prompt_token_ids.tolist() if row.echo else ()
-  return choice_text(choice, row.request.sampling_params.stop, decode_fn, echoed)
+def _pieces(row: StoredRow, choice: Choice, tokenizer: Tokenizer) -> list[bytes]:
+  echoed = row.request.prompt_token_ids.tolist() if row.echo else []
+  return tokenizer.text_pieces(choice.token_ids.tolist(), echoed)
 
 
 def _ids(row: StoredRow, choice: Choice) -> dict[str, Any]:

@@ -5,6 +5,8 @@ from typing import Any
 import numpy as np
 
 from batchjax.io.fields import Form, InvalidField, reject, token_ids
+from batchjax.text import messages
+from batchjax.text.chat import RESERVED_NAMES
 
 _SOURCES: dict[Form, tuple[str, ...]] = {
     "chat": ("messages",),
@@ -14,7 +16,7 @@ _SOURCES: dict[Form, tuple[str, ...]] = {
 
 
 def prompt(fields: dict[str, Any], form: Form) -> str | list[dict[str, Any]] | np.ndarray:
-  """Text, messages whose content is text, or i32[prompt_len] token ids.
+  """Text, messages as `text.messages.normalize` returns them, or i32[prompt_len] token ids.
 
   Raises:
     InvalidField: there is none, more than one, or it is not well formed.
@@ -27,20 +29,27 @@ def prompt(fields: dict[str, Any], form: Form) -> str | list[dict[str, Any]] | n
     raise InvalidField(sources[1], f"the row has both {' and '.join(sources)}: keep one of them")
   name, value = sources[0], fields[sources[0]]
   if name == "messages":
-    return _messages(value)
+    try:
+      return messages.normalize(value)
+    except messages.MessageError as e:
+      raise InvalidField(e.field, str(e), e.code) from e
   if name == "prompt":
     value = _one_prompt(value)
     if value == "":
       raise InvalidField("prompt", "prompt is empty: give it at least one character")
     if isinstance(value, str):
       return value
-  if not token_ids(name, value):
+  ids = token_ids(name, value)
+  if not ids:
     raise InvalidField(name, f"{name} is empty: give it at least one token")
-  return np.array(value, np.int32)
+  return np.array(ids, np.int32)
 
 
 def tools(fields: dict[str, Any]) -> list[dict[str, Any]] | None:
-  """Function descriptions for the chat template; raises InvalidField where they are malformed."""
+  """Function descriptions for the chat template; raises InvalidField where they are malformed.
+
+  Null members of a tool and of its function are dropped; its JSON schema stays as it is.
+  """
   value = fields.get("tools")
   if value is None:
     return None
@@ -52,14 +61,18 @@ def tools(fields: dict[str, Any]) -> list[dict[str, Any]] | None:
     if not isinstance(function, dict) or not isinstance(function.get("name"), str):
       reject(f"tools[{i}]", 'an object such as {"type": "function", "function": {"name": ...}}',
              tool)
-  return value or None
+  present = lambda members: {name: item for name, item in members.items() if item is not None}
+  return [present(tool) | {"function": present(tool["function"])} for tool in value] or None
 
 
 def chat_template_kwargs(fields: dict[str, Any]) -> dict[str, Any]:
-  """Further variables of the chat template; raises InvalidField where it is no object."""
+  """Further variables of the chat template; raises InvalidField where it may not have them."""
   value = fields.get("chat_template_kwargs", {})
-  if not isinstance(value, dict):
+  if not isinstance(value, dict) or not all(isinstance(name, str) for name in value):
     reject("chat_template_kwargs", "an object", value)
+  if taken := sorted(RESERVED_NAMES & set(value)):
+    raise InvalidField(f"chat_template_kwargs.{taken[0]}", f"chat_template_kwargs may not name "
+                       f"{taken[0]}, which every template is given: remove it")
   if value:
     _needs_messages("chat_template_kwargs", fields)
   return value
@@ -83,42 +96,3 @@ def _one_prompt(value: Any) -> Any:
     raise InvalidField("prompt", f"prompt is a list of {len(value)} prompts: "
                        "write one row for each", "unsupported")
   return value[0]
-
-
-def _messages(value: Any) -> list[dict[str, Any]]:
-  if not isinstance(value, list):
-    reject("messages", "a list of objects with role and content", value)
-  if not value:
-    raise InvalidField("messages", "messages is empty: give it at least one message")
-  return [_message(f"messages[{i}]", message) for i, message in enumerate(value)]
-
-
-def _message(where: str, message: Any) -> dict[str, Any]:
-  if not isinstance(message, dict):
-    reject(where, "an object with role and content", message)
-  role = message.get("role")
-  if not isinstance(role, str) or not role:
-    reject(f"{where}.role", 'a string such as "user"', role)
-  calls = message.get("tool_calls")
-  if calls is not None and not (isinstance(calls, list)
-                                and all(isinstance(call, dict) for call in calls)):
-    reject(f"{where}.tool_calls", "a list of objects", calls)
-  content = message.get("content")
-  if content is None and calls:
-    return message
-  return message | {"content": _content(f"{where}.content", content)}
-
-
-def _content(where: str, content: Any) -> str:
-  """The text of a message; parts of text are joined by line breaks."""
-  if isinstance(content, str):
-    return content
-  if not isinstance(content, list):
-    reject(where, "a string or a list of text parts", content)
-  for i, part in enumerate(content):
-    if isinstance(part, dict) and part.get("type") not in (None, "text"):
-      raise InvalidField(f"{where}[{i}]", f"{where}[{i}] is of type {part['type']!r}, but the "
-                         "model reads text alone: remove it", "unsupported")
-    if not isinstance(part, dict) or not isinstance(part.get("text"), str):
-      reject(f"{where}[{i}]", 'an object such as {"type": "text", "text": ...}', part)
-  return "\n".join(part["text"] for part in content)

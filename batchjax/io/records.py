@@ -3,16 +3,17 @@
 from collections.abc import Iterator
 import dataclasses
 import gzip
-import json
 from typing import Any, BinaryIO
-import zlib
 
 from etils import epath
-import pyarrow as pa
-import pyarrow.parquet as pq
+
+from batchjax.config import RowLimits
+from batchjax.io.fields import InvalidField, one_line
+from batchjax.io.json_rows import json_rows
+from batchjax.io.parquet_rows import parquet_rows
 
 FORMATS = (".jsonl", ".jsonl.gz", ".parquet")
-_PARQUET_BATCH_ROWS = 1024
+_MAX_MESSAGE_CHARS = 1000
 
 
 class InputError(ValueError):
@@ -28,9 +29,10 @@ class RowError:
     row: 1-based line of a JSONL file (blank lines count) or row of a Parquet file.
     request_id: the row's id, or None where it cannot be told.
     field: the offending field as the file spells it; "" for the whole row.
-    message: one sentence with the remedy.
+    message: one sentence with the remedy; what is too long to read is cut out of its middle.
     code: "invalid_json", "invalid_value", "missing_field", "unknown_field", "unsupported",
-      "model_not_found", "duplicate_id", "context_length_exceeded" or "model_error".
+      "limit_exceeded", "model_not_found", "duplicate_id", "context_length_exceeded" or
+      "model_error".
   """
 
   index: int
@@ -39,6 +41,12 @@ class RowError:
   field: str
   message: str
   code: str
+
+  def __post_init__(self):
+    if len(self.message) > _MAX_MESSAGE_CHARS:
+      half = _MAX_MESSAGE_CHARS // 2
+      object.__setattr__(self, "message", f"{self.message[:half]} … {self.message[-half:]}")
+    object.__setattr__(self, "field", self.field[:_MAX_MESSAGE_CHARS])
 
   def __str__(self) -> str:
     where = f"row {self.row}" if self.request_id is None else f"row {self.row} ({self.request_id})"
@@ -79,12 +87,17 @@ def open_input(path: epath.PathLike) -> BinaryIO:
     raise InputError(f"{path} cannot be opened: {e}") from e
 
 
-def read(path: epath.PathLike) -> Iterator[Record]:
+def read(path: epath.PathLike, max_row_bytes: int = RowLimits.max_line_bytes) -> Iterator[Record]:
   """Yields the rows of a file in order, holding only a few in memory.
 
-  A row that cannot be decoded carries a RowError and the next one follows;
-  blank lines are skipped but counted in `row`. A null column or struct field
-  of a Parquet file counts as absent.
+  A row that cannot be decoded, or is too long, carries a RowError and the next
+  one follows; blank lines are skipped but counted in `row`. A null column or
+  struct field of a Parquet file counts as absent, and bytes are text in UTF-8.
+
+  Args:
+    path: of the file.
+    max_row_bytes: longest line of a JSONL file, unpacked, or row of a Parquet file; no more of a
+      longer line is ever held.
 
   Raises:
     InputError: at once where the file is missing, empty, a directory or of an
@@ -92,79 +105,34 @@ def read(path: epath.PathLike) -> Iterator[Record]:
   """
   suffix = file_format(path)
   source = open_input(path)
-  if not source.read(1):
+  try:
+    is_empty = not source.read(1)
+    source.seek(0)
+  except OSError as e:
+    source.close()
+    raise InputError(f"{path} cannot be read: {e}") from e
+  if is_empty:
     source.close()
     raise InputError(f"{path} is empty: write at least one request into it")
-  source.seek(0)
-  return _records(path, suffix, source)
+  return _records(path, suffix, source, max_row_bytes)
 
 
-def _records(path: epath.PathLike, suffix: str, source: BinaryIO) -> Iterator[Record]:
-  index = -1
+def _records(path: epath.PathLike, suffix: str, source: BinaryIO,
+             max_row_bytes: int) -> Iterator[Record]:
+  index, read_fn = -1, parquet_rows if suffix == ".parquet" else json_rows
   with source:
     try:
-      rows = _parquet_rows(source) if suffix == ".parquet" else _json_rows(source, suffix)
-      for index, (row, value) in enumerate(rows):
-        if isinstance(value, str):
-          value = RowError(index, row, None, "", value, "invalid_json")
+      stream = gzip.GzipFile(fileobj=source) if suffix == ".jsonl.gz" else source
+      for index, (row, request_id, value) in enumerate(read_fn(stream, max_row_bytes)):
+        if isinstance(value, InvalidField):
+          value = RowError(index, row, request_id, value.field, str(value), value.code)
         yield Record(index, row, value)
-    except (gzip.BadGzipFile, EOFError, zlib.error) as e:
-      raise InputError(f"{path} is not a whole gzip file ({e}): compress it again") from e
-    except pa.ArrowException as e:
-      raise InputError(f"{path} is not a whole Parquet file ({e}): write it again") from e
-    except OSError as e:
-      raise InputError(f"{path} cannot be read after row index {index}: {e}") from e
+    except Exception as e:  # libraries have many names for damage
+      if isinstance(e, OSError) and e.errno is not None:
+        raise InputError(f"{path} cannot be read after row index {index}: {one_line(e)}") from e
+      kind = {".parquet": "Parquet", ".jsonl.gz": "gzip"}.get(suffix, "JSONL")
+      remedy = "compress" if kind == "gzip" else "write"
+      raise InputError(f"{path} is not a whole {kind} file ({one_line(e)}): {remedy} it "
+                       "again") from e
   if index < 0:
     raise InputError(f"{path} holds no rows: write at least one request into it")
-
-
-def _json_rows(source: BinaryIO, suffix: str) -> Iterator[tuple[int, dict[str, Any] | str]]:
-  lines = gzip.GzipFile(fileobj=source) if suffix == ".jsonl.gz" else source
-  for row, line in enumerate(lines, start=1):
-    if row == 1:
-      line = line.removeprefix(b"\xef\xbb\xbf")  # byte order mark
-    if line.strip():
-      yield row, _decode(line.rstrip(b"\r\n"))
-
-
-def _decode(line: bytes) -> dict[str, Any] | str:
-  """The object in the line, or what is wrong with it."""
-  try:
-    value = json.loads(line.decode("utf-8"))
-    if b"\\u" in line:  # half of a surrogate pair decodes, but no file can hold it
-      json.dumps(value, ensure_ascii=False).encode("utf-8")
-  except UnicodeDecodeError as e:
-    return f"byte {e.start + 1} of the line is not valid UTF-8: save the file as UTF-8"
-  except UnicodeEncodeError:
-    return "the line has half of a surrogate pair (\\ud800 to \\udfff): write the whole character"
-  except json.JSONDecodeError as e:
-    return (f"the line is not valid JSON at column {e.colno} ({e.msg}): "
-            "write each request as one JSON object on one line")
-  except RecursionError:
-    return "the JSON of the line is nested too deeply: flatten it"
-  except ValueError as e:  # an integer of thousands of digits
-    return f"the line has a number that cannot be read ({e}): shorten it"
-  if not isinstance(value, dict):
-    return (f"the line holds {_JSON_NAMES[type(value)]}, not an object: "
-            'write each request as {"id": ..., "prompt": ...}')
-  return value
-
-
-_JSON_NAMES = {list: "a list", str: "a string", int: "a number", float: "a number",
-               bool: "true or false", type(None): "null"}
-
-
-def _parquet_rows(source: BinaryIO) -> Iterator[tuple[int, dict[str, Any]]]:
-  row = 0
-  for batch in pq.ParquetFile(source).iter_batches(_PARQUET_BATCH_ROWS):
-    for value in batch.to_pylist(maps_as_pydicts="strict"):
-      row += 1
-      yield row, _without_nulls(value)
-
-
-def _without_nulls(value: Any) -> Any:
-  if isinstance(value, dict):
-    return {key: _without_nulls(item) for key, item in value.items() if item is not None}
-  if isinstance(value, list):
-    return [_without_nulls(item) for item in value]
-  return value

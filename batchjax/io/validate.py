@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from batchjax.config import RowLimits
 from batchjax.io import fields as fields_lib
 from batchjax.io import prompts
 from batchjax.io.fields import Form, InvalidField
@@ -29,6 +30,7 @@ class Row:
       OpenAI batch lines, "plain" has its fields at the top level.
     prompt: text, chat messages, or token ids.
     sampling_params: complete, defaults filled in.
+    is_default_len: `max_tokens` is the job's default, which the room in the context may cut.
     model: the name that the row gives the model, or "".
     echo: the text begins with the prompt.
     return_token_ids: the output has the token ids too.
@@ -42,6 +44,7 @@ class Row:
   form: Form
   prompt: str | list[dict[str, Any]] | np.ndarray
   sampling_params: SamplingParams
+  is_default_len: bool = False
   model: str = ""
   echo: bool = False
   return_token_ids: bool = False
@@ -49,8 +52,8 @@ class Row:
   chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
 
 
-def parse(record: Record, *, defaults: SamplingParams, model_name: str,
-          job_seed: int) -> Row | RowError:
+def parse(record: Record, *, defaults: SamplingParams, model_name: str, job_seed: int,
+          limits: RowLimits = RowLimits()) -> Row | RowError:
   """Checks everything about a row that needs no tokenizer; the first error counts.
 
   Two forms: the line of an OpenAI batch file (`custom_id`, `method`, `url`,
@@ -64,6 +67,7 @@ def parse(record: Record, *, defaults: SamplingParams, model_name: str,
     defaults: the job's sampling parameters.
     model_name: what `model` must say where a row has it; "" accepts any name.
     job_seed: hashed with the request id into the seed of a row without one.
+    limits: what the row may ask for.
   """
   if isinstance(record.value, RowError):
     return record.value
@@ -71,8 +75,9 @@ def parse(record: Record, *, defaults: SamplingParams, model_name: str,
   request_id = None
   try:
     is_batch = bool(_ENVELOPE & set(value))
-    request_id = _request_id(value, "custom_id" if is_batch else "id", record.row)
+    request_id = _request_id(value, "custom_id" if is_batch else "id", record.row, limits)
     form, fields = _envelope(value) if is_batch else ("plain", value)
+    fields_lib.check_sizes(fields, limits)
     fields_lib.check_names(fields, form)
     return Row(
         index=record.index,
@@ -80,8 +85,9 @@ def parse(record: Record, *, defaults: SamplingParams, model_name: str,
         request_id=request_id,
         form=form,
         prompt=prompts.prompt(fields, form),
-        sampling_params=fields_lib.sampling_params(fields, form, defaults, job_seed=job_seed,
-                                                   request_id=request_id),
+        sampling_params=fields_lib.sampling_params(fields, form, defaults, limits=limits,
+                                                   job_seed=job_seed, request_id=request_id),
+        is_default_len=not {"max_tokens", "max_completion_tokens"} & set(fields),
         model=_model(fields, model_name),
         echo=_echo(fields),
         return_token_ids=fields_lib.flag(fields, "return_token_ids"),
@@ -89,6 +95,14 @@ def parse(record: Record, *, defaults: SamplingParams, model_name: str,
         chat_template_kwargs=prompts.chat_template_kwargs(fields))
   except InvalidField as e:
     return RowError(record.index, record.row, request_id, e.field, str(e), e.code)
+
+
+def fit_default(row: Row, prompt_len: int, max_len: int) -> Row:
+  """The row; where its `max_tokens` is the job's default, no more of it than the context has room."""
+  params, room = row.sampling_params, max_len - prompt_len
+  if not row.is_default_len or not max(1, params.min_tokens) <= room < params.max_tokens:
+    return row
+  return dataclasses.replace(row, sampling_params=dataclasses.replace(params, max_tokens=room))
 
 
 def check_prompt(row: Row, token_ids: np.ndarray | Sequence[int], vocab_size: int,
@@ -118,10 +132,15 @@ def check_prompt(row: Row, token_ids: np.ndarray | Sequence[int], vocab_size: in
     if params.top_logprobs > vocab_size:
       raise InvalidField("top_logprobs", f"{params.top_logprobs} alternatives per token exceed the "
                          f"vocabulary of {vocab_size} tokens: ask for fewer")
-    room = max_len - token_ids.size
-    if room < 1:
+    room, least = max_len - token_ids.size, min(1, params.max_tokens)  # scoring needs no room
+    if room < least:
       raise InvalidField("prompt", f"the prompt has {token_ids.size} tokens, which leaves no room "
-                         f"in the context of {max_len}: shorten it to at most {max_len - 1}",
+                         f"in the context of {max_len}: shorten it to at most {max_len - least}",
+                         "context_length_exceeded")
+    if params.min_tokens > room:
+      raise InvalidField("min_tokens", f"the prompt has {token_ids.size} tokens and min_tokens is "
+                         f"{params.min_tokens}, together over the context of {max_len}: shorten "
+                         f"the prompt or set min_tokens to at most {room}",
                          "context_length_exceeded")
     if params.max_tokens > room:
       raise InvalidField("max_tokens", f"the prompt has {token_ids.size} tokens and max_tokens is "
@@ -151,17 +170,18 @@ class DuplicateIds:
                     "duplicate_id")
 
 
-def _request_id(value: dict[str, Any], field: str, row: int) -> str:
+def _request_id(value: dict[str, Any], field: str, row: int, limits: RowLimits) -> str:
   request_id = value.get(field)
   if request_id is None and field == "id":
     return f"row-{row}"
   if request_id is None:
     raise InvalidField(field, "custom_id is missing: give each request a unique one",
                        "missing_field")
-  if field == "id" and type(request_id) is int:  # many data sets number their rows
-    return str(request_id)
+  if field == "id" and type(fields_lib.whole(request_id)) is int:
+    request_id = str(fields_lib.whole(request_id))  # many data sets number their rows
   if not isinstance(request_id, str) or not request_id:
     fields_lib.reject(field, "a non-empty string", request_id)
+  fields_lib.require_at_most(field, len(request_id), "characters", limits, "max_name_chars")
   return request_id
 
 

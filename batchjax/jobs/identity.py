@@ -12,12 +12,12 @@ def identity(config: JobConfig, input_path: str) -> dict[str, Any]:
   """All that the output depends on; most engine settings change speed only and are left out."""
   source = config.model
   model = {"name": source.name, "dtype": source.dtype, "shape": source.shape, "seed": source.seed,
-           "files": _hash_files(source.path)}
+           "split_special_tokens": source.split_special_tokens, "files": _hash_files(source.path)}
   # What `planner.cached_tokens` depends on, which the usage of each completion shows.
   engine = {name: getattr(config.engine, name)
             for name in ("share_prefixes", "max_levels", "plan_window")}
   settings = {"sampling": dataclasses.asdict(config.sampling), "seed": config.seed,
-              "strict": config.strict, "engine": engine,
+              "limits": dataclasses.asdict(config.limits), "strict": config.strict, "engine": engine,
               "chat_template": _hash_files(config.chat_template)}
   return {"input": hash_file(input_path), "model": model,
           "tokenizer": _hash_files(source.tokenizer), "settings": settings}

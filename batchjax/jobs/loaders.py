@@ -6,6 +6,8 @@ import os
 import pathlib
 from typing import Any
 
+from absl import logging
+
 from batchjax import weights
 from batchjax.config import ConfigError, ModelConfig, ModelSource
 from batchjax.models import Transformer
@@ -24,7 +26,7 @@ def read_tokenizer(source: ModelSource) -> Tokenizer:
     raise ConfigError("model.tokenizer is empty, and random weights have none beside them: name "
                       "a folder, a tokenizer.json, a .model or a .gguf file")
   try:
-    return load_tokenizer(pathlib.Path(path).expanduser())
+    return load_tokenizer(pathlib.Path(path).expanduser(), source.split_special_tokens)
   except ValueError as e:
     raise ConfigError(f"{'model.tokenizer' if source.tokenizer else 'model.path'}: {e}") from e
 
@@ -37,6 +39,26 @@ class Loaders:
   tokenizer: Callable[[ModelSource], Tokenizer] = read_tokenizer
   model: Callable[[ModelSource], weights.Model] = weights.load_model
   module_class: Callable[..., Any] = Transformer
+
+  def read(self, source: ModelSource) -> tuple[ModelConfig, Tokenizer]:
+    """Configuration and tokenizer; what either takes for the end of a text or turn ends a sample.
+
+    The log names these tokens.
+    """
+    config, tokenizer = self.config(source), self.tokenizer(source)
+    ends = {"model": config.eos_token_ids,
+            "tokenizer": [i for i in tokenizer.eos_token_ids if i < config.vocab_size]}
+    token_ids = tuple(dict.fromkeys(i for ids in ends.values() for i in ids))
+    shown = [f"{i} {tokenizer.token_name(i).decode('utf-8', 'replace')!r} "
+             f"({', '.join(name for name, ids in ends.items() if i in ids)})" for i in token_ids]
+    logging.info("end tokens: %s", ", ".join(shown) or "none, samples end by length or stop string")
+    return dataclasses.replace(config, eos_token_ids=token_ids), tokenizer
+
+  def load(self, source: ModelSource, config: ModelConfig) -> weights.Model:
+    """The model, with the end tokens of `config`, which `read` returned."""
+    model = self.model(source)
+    return dataclasses.replace(model, config=dataclasses.replace(
+        model.config, eos_token_ids=config.eos_token_ids))
 
 
 def configure_jax() -> None:

@@ -27,7 +27,7 @@ def plan_file(config: JobConfig, input_path: str, directory: pathlib.Path, chip:
     loaders: how configuration and tokenizer are loaded.
   """
   start = time.perf_counter()
-  model, tokenizer = loaders.config(config.model), loaders.tokenizer(config.model)
+  model, tokenizer = loaders.read(config.model)
   prepared = prepare(input_path, directory / "requests.arrow", config, model, tokenizer)
   prepared_secs = time.perf_counter() - start
   device_bytes = None if chip.name == "cpu" else int(memory.DEVICE_SHARE * chip.hbm_bytes)

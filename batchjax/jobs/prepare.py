@@ -1,22 +1,28 @@
 """An input file as tokenized requests on disk: all that can go wrong before a model loads."""
 
+from collections.abc import Callable, Iterator
 import dataclasses
-import itertools
+import functools
 import pathlib
-from collections.abc import Iterator
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
 from batchjax.cache.page_table import pages_for
 from batchjax.config import ConfigError, JobConfig, ModelConfig
 from batchjax.io import records, validate
-from batchjax.io.records import RowError
+from batchjax.io.fields import InvalidField, one_line
+from batchjax.io.records import Record, RowError
 from batchjax.io.store import RequestReader, RequestWriter
 from batchjax.plan.memory import num_kv_pages
 from batchjax.text import chat
+from batchjax.text.messages import MessageError
+from batchjax.text.stop import StopBudget
 from batchjax.text.tokenizer import Tokenizer
 
-_BATCH_ROWS = 2048
+T = TypeVar("T")
+_BATCH_ROWS, _BATCH_CHARS = 2048, 1 << 25
+_NO_TOKENS = np.zeros(0, np.int32)
 
 
 class BadRow(ValueError):
@@ -52,65 +58,157 @@ def prepare(input_path: str, store_path: pathlib.Path, config: JobConfig, model:
     BadRow: a row is bad and `config.strict` is set.
     ConfigError: the chat template cannot be read or compiled.
   """
-  try:
-    source = tokenizer.chat_template
-    if config.chat_template:
-      source = pathlib.Path(config.chat_template).expanduser().read_text("utf-8")
-    template = chat.compile_template(source) if source else None
-  except (OSError, ValueError) as e:
-    raise ConfigError(f"chat_template={config.chat_template!r}: {e}") from e
-  rows = (validate.parse(record, defaults=config.sampling, model_name=config.model.name,
-                         job_seed=config.seed) if not isinstance(record.value, RowError)
-          else record.value for record in records.read(input_path))
+  renderer = _Renderer(config, tokenizer)
+  stops = StopBudget(model.vocab_size, config.limits.max_stop_table_bytes)
   duplicates, errors, num_rows = validate.DuplicateIds(), [], 0
+  texts = (guarded(record, "", renderer.prompt_of, record)
+           for record in records.read(input_path, config.limits.max_line_bytes))
+
+  def check(row: validate.Row, token_ids: np.ndarray) -> validate.Row | RowError:
+    row = validate.fit_default(row, len(token_ids), model.max_len)
+    return (duplicates.check(row)
+            or validate.check_prompt(row, token_ids, model.vocab_size, model.max_len)
+            or _check_pool(row, len(token_ids), config, model)
+            or _check_stop(row, stops, config) or row)  # counts the stop strings of rows that run
+
   with RequestWriter(store_path) as store:
-    for batch in _batches(rows):
+    for batch in _batches(texts):
       num_rows += len(batch)
-      for row, token_ids in zip(batch, _tokenize(batch, template, tokenizer)):
-        error = token_ids if isinstance(token_ids, RowError) else (
-            duplicates.check(row) or validate.check_prompt(row, token_ids, model.vocab_size,
-                                                           model.max_len)
-            or _check_pool(row, len(token_ids), config, model))
-        if error is None:
+      for row, token_ids in _tokenize(batch, tokenizer):
+        if not isinstance(row, RowError):
+          row = guarded(row, "", check, row, token_ids)
+        if not isinstance(row, RowError):
           store.append(row, token_ids)
         elif config.strict:
-          raise BadRow(str(error))
+          raise BadRow(str(row))
         else:
-          errors.append(error)
+          errors.append(row)
   return Prepared(num_rows, tuple(errors))
 
 
-def _batches(rows: Iterator[validate.Row | RowError]) -> Iterator[list[validate.Row | RowError]]:
-  while batch := list(itertools.islice(rows, _BATCH_ROWS)):
+class _Text(NamedTuple):
+  """A valid row with its prompt: text, or token ids."""
+
+  row: validate.Row
+  prompt: str | np.ndarray
+  is_chat: bool = False
+  field: str = "prompt"
+
+
+class _Renderer:
+  """Turns records into prompts; raises whatever a record's contents make a library raise."""
+
+  def __init__(self, config: JobConfig, tokenizer: Tokenizer):
+    self._config, self._tokenizer = config, tokenizer
+    try:
+      sources = tokenizer.chat_templates
+      if config.chat_template:
+        sources = {"default": pathlib.Path(config.chat_template).expanduser().read_text("utf-8")}
+      self._templates = {name: chat.compile_template(source, config.limits)
+                         for name, source in sources.items() if name in ("default", "tool_use")}
+    except (OSError, ValueError) as e:
+      raise ConfigError(f"chat_template={config.chat_template!r}: {e}") from e
+    self._special_ids = {tokenizer.decode([token], skip_special_tokens=False, is_continuation=True):
+                         token for token in sorted(tokenizer.special_ids, reverse=True)}
+
+  def prompt_of(self, record: Record) -> _Text | RowError:
+    """The prompt of a row, or what is wrong with the row."""
+    if isinstance(record.value, RowError):
+      return record.value
+    config = self._config
+    row = validate.parse(record, defaults=config.sampling, model_name=config.model.name,
+                         job_seed=config.seed, limits=config.limits)
+    if isinstance(row, RowError):
+      return row
+    row = self._with_stop_ids(row)
+    if not isinstance(row.prompt, list):
+      return _Text(row, row.prompt)
+    text = guarded(row, "messages", self._render, row)
+    if isinstance(text, RowError):
+      return text
+    # What made the prompt is not held any longer.
+    row = dataclasses.replace(row, prompt="", tools=None, chat_template_kwargs={})
+    return _Text(row, text, is_chat=True, field="messages")
+
+  def _render(self, row: validate.Row) -> str:
+    template = chat.choose(self._templates, row.tools)
+    if template is None:
+      raise InvalidField("messages", "the model has no chat template: give a prompt, or set "
+                         "chat_template in the configuration", "unsupported")
+    try:
+      return chat.render(
+          template, row.prompt, tools=row.tools, special_tokens=self._tokenizer.special_tokens,
+          special_text=self._tokenizer.special_text, **row.chat_template_kwargs)
+    except MessageError as e:
+      raise InvalidField(e.field, str(e), e.code) from e
+    except ValueError as e:
+      raise InvalidField("messages", str(e)) from e
+
+  def _with_stop_ids(self, row: validate.Row) -> validate.Row:
+    """The row; a stop string that spells a special token, which is no text, is that token's id."""
+    params = row.sampling_params
+    ids = [self._special_ids[text] for text in params.stop if text in self._special_ids]
+    if not ids:
+      return row
+    return dataclasses.replace(row, sampling_params=dataclasses.replace(
+        params, stop=tuple(text for text in params.stop if text not in self._special_ids),
+        stop_token_ids=tuple(dict.fromkeys([*params.stop_token_ids, *ids]))))
+
+
+def guarded(row: Record | validate.Row, field: str, fn: Callable[..., T], *args: Any
+             ) -> T | RowError:
+  """What `fn` returns, or the error row that stands for whatever a row made it raise.
+
+  The one place where that is so: parsing, rendering, tokenizing and checking a row run in it.
+  """
+  values = row.value if isinstance(row, Record) and isinstance(row.value, dict) else {}
+  request_id = getattr(row, "request_id", values.get("custom_id", values.get("id")))
+  request_id = request_id if isinstance(request_id, str) and len(request_id) < 1024 else None
+  error = functools.partial(RowError, row.index, row.row, request_id)
+  try:
+    return fn(*args)
+  except InvalidField as e:
+    return error(e.field, str(e), e.code)
+  except BaseException as e:
+    # A panic of the tokenizers library, which is written in Rust, is no Exception.
+    if not isinstance(e, Exception) and type(e).__name__ != "PanicException":
+      raise
+    return error(field, f"{field or 'the row'} cannot be processed ({one_line(e)}): change "
+                 "it, or remove the row", "invalid_value")
+
+
+def _batches(texts: Iterator[_Text | RowError]) -> Iterator[list[_Text | RowError]]:
+  """Rows to tokenize at a time: many, unless they are long."""
+  batch, num_chars = [], 0
+  for text in texts:
+    batch.append(text)
+    num_chars += 0 if isinstance(text, RowError) else len(text.prompt)
+    if len(batch) == _BATCH_ROWS or num_chars >= _BATCH_CHARS:
+      yield batch
+      batch, num_chars = [], 0
+  if batch:
     yield batch
 
 
-def _tokenize(rows: list[validate.Row | RowError], template, tokenizer: Tokenizer
-              ) -> list[np.ndarray | RowError]:
-  """Token ids of each row, or its error."""
-  texts: dict[bool, dict[int, str]] = {True: {}, False: {}}  # by whether special tokens are added
-  results: list[np.ndarray | RowError | None] = [None] * len(rows)
-  for i, row in enumerate(rows):
-    if isinstance(row, RowError):
-      results[i] = row
-    elif isinstance(row.prompt, str):
-      texts[True][i] = row.prompt
-    elif isinstance(row.prompt, np.ndarray):
-      results[i] = row.prompt
-    elif template is None:
-      results[i] = _error(row, "messages", "the model has no chat template: give a prompt, or set "
-                          "chat_template in the configuration", "unsupported")
-    else:
-      try:  # a template may refuse messages, which concerns this row alone
-        texts[False][i] = chat.render(
-            template, row.prompt, bos_token=tokenizer.bos_token, eos_token=tokenizer.eos_token,
-            tools=row.tools, **row.chat_template_kwargs)
-      except ValueError as e:
-        results[i] = _error(row, "messages", str(e), "invalid_value")
-  for add_special_tokens, chosen in texts.items():
-    encoded = tokenizer.encode_batch(list(chosen.values()), add_special_tokens=add_special_tokens)
-    for i, token_ids in zip(chosen, encoded):
-      results[i] = np.array(token_ids, np.int32)
+def _tokenize(batch: list[_Text | RowError], tokenizer: Tokenizer
+              ) -> list[tuple[validate.Row | RowError, np.ndarray]]:
+  """Each row with its token ids, or its error with none."""
+  results = [(item, _NO_TOKENS) if isinstance(item, RowError) else
+             (item.row, item.prompt) for item in batch]
+  for is_chat, encode_fn in ((False, tokenizer.encode_batch), (True, tokenizer.encode_chat)):
+    chosen = [i for i, item in enumerate(batch) if isinstance(item, _Text)
+              and isinstance(item.prompt, str) and item.is_chat == is_chat]
+
+    def encode(*positions: int) -> list[list[int]]:
+      return encode_fn([batch[i].prompt for i in positions])
+
+    encoded = guarded(batch[chosen[0]].row, "", encode, *chosen) if chosen else []
+    if isinstance(encoded, RowError):  # one row is to blame, and each is told by itself
+      encoded = [guarded(batch[i].row, batch[i].field, encode, i) for i in chosen]
+      encoded = [item if isinstance(item, RowError) else item[0] for item in encoded]
+    for i, ids in zip(chosen, encoded):
+      results[i] = (ids, _NO_TOKENS) if isinstance(ids, RowError) else (
+          batch[i].row, np.array(ids, np.int32))
   return results
 
 
@@ -126,6 +224,19 @@ def _check_pool(row: validate.Row, prompt_len: int, config: JobConfig,
                 f"up to {needed} KV pages of {engine.page_size} tokens, the pool has {num_pages}: "
                 "shorten them, or raise engine.kv_memory_bytes or engine.num_pages",
                 "context_length_exceeded")
+
+
+def _check_stop(row: validate.Row, stops: StopBudget, config: JobConfig) -> RowError | None:
+  """Whether the automata of the row's stop strings fit behind those of the rows before it."""
+  if not row.sampling_params.stop:
+    return None
+  try:
+    stops.add(row.sampling_params.stop)
+  except ValueError as e:
+    limit = config.limits.max_stop_table_bytes
+    return _error(row, "stop", f"{e}, or raise limits.max_stop_table_bytes={limit}",
+                  "limit_exceeded")
+  return None
 
 
 def _error(row: validate.Row, field: str, message: str, code: str) -> RowError:

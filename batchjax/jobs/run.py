@@ -54,7 +54,7 @@ def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str
   error_path = error_path or default_error_path(output_path)
   _check_paths(input_path, output_path, error_path)
   with stop_on_signal() as stop:
-    model_config, tokenizer = loaders.config(config.model), loaders.tokenizer(config.model)
+    model_config, tokenizer = loaders.read(config.model)
     configure_jax()
     device = jax.devices()[0]
     config = dataclasses.replace(config, engine=settle(
@@ -114,16 +114,14 @@ def _forget(directory: pathlib.Path) -> None:
     directory.rmdir()
 
 
-def _stop_table(requests: RequestReader, model: ModelConfig,
-                tokenizer: Tokenizer) -> StopTable | None:
-  """Automata of all stop strings, None where there are none; raises ConfigError if too large."""
+def _stop_table(requests: RequestReader, model: ModelConfig, tokenizer: Tokenizer,
+                max_bytes: int) -> StopTable | None:
+  """Automata of all stop strings, None where there are none; `prepare` saw to it that they fit."""
   stops = prepare.stop_strings(requests)
   if not stops:
     return None
-  try:
-    return build_stop_table(stops, [tokenizer.token_bytes(i) for i in range(model.vocab_size)])
-  except ValueError as e:
-    raise ConfigError(f"stop: {e}") from e
+  return build_stop_table(stops, [tokenizer.token_bytes(i) for i in range(model.vocab_size)],
+                          max_bytes)
 
 
 def _complete(job: job_lib.Job, requests: RequestReader, left: np.ndarray,
@@ -131,9 +129,9 @@ def _complete(job: job_lib.Job, requests: RequestReader, left: np.ndarray,
               tokenizer: Tokenizer, quiet: bool, loaders: Loaders, stop: Stop) -> None:
   """Runs the requests at positions `left` and journals each as it is done."""
   engine = config.engine
-  stop_table = _stop_table(requests, model_config, tokenizer)
+  stop_table = _stop_table(requests, model_config, tokenizer, config.limits.max_stop_table_bytes)
   device = jax.devices()[0]
-  model = loaders.model(config.model)
+  model = loaders.load(config.model, model_config)
   features = SamplingFeatures.of((r.sampling_params for r in requests),
                                  model.config.eos_token_ids)
   num_errors = len(prepared.errors)
@@ -161,8 +159,7 @@ def _complete(job: job_lib.Job, requests: RequestReader, left: np.ndarray,
         job.append_error(row.index, output.format_error(error, job_id=job.id))
       else:
         job.append(row.index, output.format_completion(
-            row, completion, decode_fn=tokenizer.decode, token_bytes_fn=tokenizer.token_bytes,
-            job_id=job.id))
+            row, completion, tokenizer=tokenizer, job_id=job.id))
       recorder.finish(row, completion)
 
 

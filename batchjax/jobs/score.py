@@ -1,11 +1,14 @@
 """A file of prompts and continuations to a file of log-probabilities."""
 
+from collections.abc import Collection
+
 import numpy as np
 
 from batchjax.config import JobConfig, ModelConfig
 from batchjax.io import files, records
+from batchjax.io.fields import InvalidField, reject, whole
 from batchjax.io.records import Record, RowError
-from batchjax.jobs.prepare import BadRow
+from batchjax.jobs.prepare import BadRow, guarded
 from batchjax.jobs.run import Loaders, configure_jax
 from batchjax.scoring import ScoreRequest, score
 from batchjax.text.tokenizer import Tokenizer
@@ -20,17 +23,16 @@ def score_file(config: JobConfig, input_path: str, output_path: str,
     InputError: a path cannot be read or written.
   """
   files.check_output(output_path)
-  model_config, tokenizer = loaders.config(config.model), loaders.tokenizer(config.model)
+  model_config, tokenizer = loaders.read(config.model)
   requests: dict[str, ScoreRequest] = {}
-  for record in records.read(input_path):
-    request = _parse(record, model_config, tokenizer)
-    if request.request_id in requests:
-      raise _bad(record, "id", f"id {request.request_id!r} is used by an earlier row: "
-                 "make it unique")
+  for record in records.read(input_path, config.limits.max_line_bytes):
+    request = guarded(record, "", _parse, record, model_config, tokenizer, requests)
+    if isinstance(request, RowError):
+      raise BadRow(str(request))
     requests[request.request_id] = request
   configure_jax()
   scores = {s.request_id: s for s in score(
-      loaders.model(config.model), requests.values(), config.engine,
+      loaders.load(config.model, model_config), requests.values(), config.engine,
       module_class=loaders.module_class)}
   files.write_rows(files.Path(output_path), [
       {"id": name, "logprob": scores[name].total, "num_tokens": len(scores[name].logprobs),
@@ -39,31 +41,30 @@ def score_file(config: JobConfig, input_path: str, output_path: str,
   return len(requests)
 
 
-def _parse(record: Record, model: ModelConfig, tokenizer: Tokenizer) -> ScoreRequest:
+def _parse(record: Record, model: ModelConfig, tokenizer: Tokenizer,
+           used: Collection[str]) -> ScoreRequest | RowError:
+  """What a row asks; raises InvalidField where it is bad."""
   if isinstance(record.value, RowError):
-    raise BadRow(str(record.value))
+    return record.value
   unknown = sorted(set(record.value) - {"id", "prompt", "continuation"})
   if unknown:
-    raise _bad(record, unknown[0], f"{unknown[0]} is no field of a row to score, which has id, "
-               "prompt and continuation")
+    raise InvalidField(unknown[0], f"{unknown[0]} is no field of a row to score, which has id, "
+                       "prompt and continuation")
   for name in ("prompt", "continuation"):
     if not isinstance(record.value.get(name), str) or not record.value[name]:
-      raise _bad(record, name, f"{name} must be a string that is not empty, "
-                 f"got {record.value.get(name)!r}")
+      reject(name, "a string that is not empty", record.value.get(name))
+  name = whole(record.value.get("id"))
+  name = f"row-{record.row}" if name is None else name
+  if type(name) not in (str, int):
+    reject("id", "a string", name)
+  if str(name) in used:
+    raise InvalidField("id", f"id {name!r} is used by an earlier row: make it unique")
   prompt = tokenizer.encode(record.value["prompt"])
-  whole = tokenizer.encode(record.value["prompt"] + record.value["continuation"])
-  if len(whole) <= len(prompt):
-    raise _bad(record, "continuation", "continuation adds no token to the prompt: lengthen it")
-  if len(whole) > model.max_len:
-    raise _bad(record, "prompt", f"prompt and continuation have {len(whole)} tokens, the model "
-               f"takes {model.max_len}: shorten them")
-  name = record.value.get("id")
-  if name is not None and type(name) not in (str, int):
-    raise _bad(record, "id", f"id must be a string, got {name!r}")
-  tokens = np.array(whole, np.int32)
-  return ScoreRequest(f"row-{record.row}" if name is None else str(name), tokens[:len(prompt)],
-                      tokens[len(prompt):])
-
-
-def _bad(record: Record, field: str, message: str) -> BadRow:
-  return BadRow(str(RowError(record.index, record.row, None, field, message, "invalid_value")))
+  tokens = tokenizer.encode(record.value["prompt"] + record.value["continuation"])
+  if len(tokens) <= len(prompt):
+    raise InvalidField("continuation", "continuation adds no token to the prompt: lengthen it")
+  if len(tokens) > model.max_len:
+    raise InvalidField("prompt", f"prompt and continuation have {len(tokens)} tokens, the model "
+                       f"takes {model.max_len}: shorten them")
+  tokens = np.array(tokens, np.int32)
+  return ScoreRequest(str(name), tokens[:len(prompt)], tokens[len(prompt):])

@@ -110,9 +110,9 @@ class BatchBuilder:
     params = self._requests[row.request].sampling_params
     state = 0
     if is_first and row.tokens and params.stop:
-      table = self._stop_table.transitions[self._stop_table.automaton[params.stop]]
+      start = self._stop_table.automaton[params.stop]
       for token in row.tokens:
-        state = int(table[max(state, 0), token])
+        state = int(self._stop_table.transitions[start + max(state, 0), token])
     self._samples.append(Sample(row, row.slot, row.node, seq, row.num_dispatched, is_first, state))
 
   def build(self, kind: str, admissions: Sequence[Admission]) -> Batch:

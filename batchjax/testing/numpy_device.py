@@ -164,7 +164,7 @@ class NumpyDevice:
     state = 0
     if self._stop_transitions is not None and row.automaton >= 0:
       state = int(inputs.stop_states[r]) if inputs.is_first[r] else int(self._stop_states[slot])
-      state = int(self._stop_transitions[row.automaton, max(state, 0), token])
+      state = int(self._stop_transitions[row.automaton + max(state, 0), token])
     count = int(inputs.num_generated[r]) + 1
     may_stop = count > row.min_tokens
     reason = 3 if count >= row.max_tokens else 0

@@ -11,7 +11,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers
 
 from batchjax.text.hf_vocab import (TokenizersCodec, bos_processor, byte_level_bytes,
                                     metaspace_bytes)
-from batchjax.text.vocab import Vocab
+from batchjax.text.vocab import Vocab, end_tokens
 
 # Where words end, as the models' own tokenizer.json files say; {digits} is how many digits go
 # together.
@@ -21,6 +21,10 @@ _WORDS = (r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{{L}}\p{{N}}]?\p{{L}}+|\p{{N}}{
 # Names of `tokenizer.ggml.pre` that mean one of the splits below.
 _SPLITS = {"smollm": "smollm", "gpt-2": "gpt-2", "qwen2": "qwen2", "deepseek-r1-qwen": "qwen2",
            "llama-bpe": "llama-bpe", "llama3": "llama-bpe", "llama-v3": "llama-bpe"}
+
+# What templates call a token, and the key that GGUF has for it ("seperator" is its spelling).
+_ROLES = {"bos_token": "bos", "eos_token": "eos", "unk_token": "unknown", "pad_token": "padding",
+          "sep_token": "seperator", "cls_token": "cls", "mask_token": "mask"}
 
 
 def read_gguf(path: Path) -> Vocab:
@@ -59,14 +63,21 @@ def read_gguf(path: Path) -> Vocab:
   bos_token_id = read("ggml.bos_token_id")
   if bos_token_id is not None and read("ggml.add_bos_token", adds_bos):
     backend.post_processor = bos_processor(tokens[bos_token_id], bos_token_id)
-  eos_ids = (read(f"ggml.{name}_token_id") for name in ("eos", "eot", "eom"))
+  id_of = {token: i for i, token in reversed(list(enumerate(tokens)))}
+  eos_token_ids = end_tokens(read("ggml.eos_token_id"), id_of.get,
+                             read("ggml.eot_token_id"), read("ggml.eom_token_id"))
+  roles = {name: read(f"ggml.{key}_token_id") for name, key in _ROLES.items()}
+  chat_templates = {name.removeprefix("chat_template").removeprefix(".") or "default": read(name)
+                    for name in fields
+                    if name == "chat_template" or name.startswith("chat_template.")}
   # A byte-level vocabulary writes the tokens added to it as they are, not in its alphabet.
   is_literal = special | added if kind == "gpt2" else special
   return Vocab(TokenizersCodec(backend),
                [token.encode() if i in is_literal else to_bytes(token)
                 for i, token in enumerate(tokens)],
-               frozenset(special), has_space_prefix, bos_token_id,
-               tuple(dict.fromkeys(i for i in eos_ids if i is not None)), read("chat_template"))
+               frozenset(special), has_space_prefix, bos_token_id, eos_token_ids,
+               {name: tokens[i] for name, i in roles.items() if i is not None and i < len(tokens)},
+               chat_templates)
 
 
 def _split_name(name: str | None, path: Path) -> str:

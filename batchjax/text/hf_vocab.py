@@ -1,14 +1,17 @@
 """Vocabularies that the `tokenizers` library runs: tokenizer.json, and those built in memory."""
 
+import functools
 import re
-from collections.abc import Sequence
+import secrets
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
 import tokenizers
 from tokenizers import processors
 
-from batchjax.text.vocab import Vocab, read_folder_config, read_json
+from batchjax.text.folder_config import read_folder_config, read_json
+from batchjax.text.vocab import Vocab, end_tokens
 
 # Texts handed to the library at a time: its encodings weigh many times what their ids do.
 _CHUNK = 4096
@@ -21,14 +24,43 @@ class TokenizersCodec:
     backend.no_truncation()
     backend.no_padding()
     self._backend = backend
+    self.special_names = {token.content: i for i, token in
+                          backend.get_added_tokens_decoder().items() if token.special}
 
   def encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
-    chunks = (list(texts[start:start + _CHUNK]) for start in range(0, len(texts), _CHUNK))
-    return [encoding.ids for chunk in chunks for encoding in self._backend.encode_batch_fast(
-        chunk, add_special_tokens=add_special_tokens)]
+    return _encode(self._backend, texts, add_special_tokens)
+
+  def encode_sections(self, rows: Sequence[Sequence[str]],
+                      add_special_tokens: bool) -> list[list[int]]:
+    backend, marks, ids = self._plain
+    texts = ["".join(marks[part] if i % 2 else part for i, part in enumerate(row)) for row in rows]
+    return [[ids.get(i, i) for i in row] for row in _encode(backend, texts, add_special_tokens)]
 
   def to_json(self) -> str:
     return self._backend.to_str()
+
+  @functools.cached_property
+  def _plain(self) -> tuple[tokenizers.Tokenizer, dict[str, str], dict[int, int]]:
+    """A copy that reads no names; marks that stand for them, and the ids for those of the marks."""
+    backend = tokenizers.Tokenizer.from_str(self._backend.to_str())
+    backend.encode_special_tokens = True
+    secret = secrets.token_hex(8)  # no text can spell a mark
+    marks, ids = {}, {}
+    for i, token in self._backend.get_added_tokens_decoder().items():
+      if token.special:
+        marks[token.content] = f"\U000f0000{secret}.{i}\U000f0001"
+        backend.add_tokens([tokenizers.AddedToken(
+            marks[token.content], lstrip=token.lstrip, rstrip=token.rstrip,
+            single_word=token.single_word, normalized=False)])
+        ids[backend.token_to_id(marks[token.content])] = i
+    return backend, marks, ids
+
+
+def _encode(backend: tokenizers.Tokenizer, texts: Sequence[str],
+            add_special_tokens: bool) -> list[list[int]]:
+  chunks = (list(texts[start:start + _CHUNK]) for start in range(0, len(texts), _CHUNK))
+  return [encoding.ids for chunk in chunks for encoding in backend.encode_batch_fast(
+      chunk, add_special_tokens=add_special_tokens)]
 
 
 def read_tokenizer_json(path: Path) -> Vocab:
@@ -44,7 +76,7 @@ def read_tokenizer_json(path: Path) -> Vocab:
   backend = tokenizers.Tokenizer.from_file(str(path))
   config = read_folder_config(path.parent)
   is_byte_level, has_space_prefix = _decoder_rules(contents.get("decoder"), path)
-
+  _make_special(backend, config.special_tokens.values())
   added = backend.get_added_tokens_decoder()
   ids = backend.get_vocab(with_added_tokens=True)
   pieces = [b""] * (1 + max(ids.values()))
@@ -54,14 +86,26 @@ def read_tokenizer_json(path: Path) -> Vocab:
     is_literal = i in added and (is_byte_level or added[i].special)
     pieces[i] = token.encode() if is_literal else to_bytes(token)
 
-  bos_token_id = _token_id(backend, config.bos_token, path)
-  eos_token_id = _token_id(backend, config.eos_token, path)
+  bos_token, eos_token = map(config.special_tokens.get, ("bos_token", "eos_token"))
+  bos_token_id = _token_id(backend, bos_token, path)
+  eos_token_id = _token_id(backend, eos_token, path)
   if config.adds_bos is not None:
-    _set_adds_bos(backend, config.bos_token, bos_token_id, config.adds_bos)
-  eos_ids = (() if eos_token_id is None else (eos_token_id,)) + config.eos_token_ids
+    _set_adds_bos(backend, bos_token, bos_token_id, config.adds_bos)
   return Vocab(TokenizersCodec(backend), pieces,
                frozenset(i for i, token in added.items() if token.special), has_space_prefix,
-               bos_token_id, tuple(dict.fromkeys(eos_ids)), config.chat_template)
+               bos_token_id, end_tokens(eos_token_id, backend.token_to_id, *config.eos_token_ids),
+               config.special_tokens, config.chat_templates)
+
+
+def _make_special(backend: tokenizers.Tokenizer, texts: Iterable[str]) -> None:
+  """Tokens that have a role are special, whatever the file calls them, as in transformers."""
+  added = {token.content: token for token in backend.get_added_tokens_decoder().values()}
+  for text in texts:
+    token = added.get(text)
+    if backend.token_to_id(text) is not None and not (token and token.special):
+      flags = {} if token is None else dict(lstrip=token.lstrip, rstrip=token.rstrip,
+                                            single_word=token.single_word)
+      backend.add_special_tokens([tokenizers.AddedToken(text, normalized=False, **flags)])
 
 
 def bos_processor(bos_token: str, bos_token_id: int) -> processors.PostProcessor:

@@ -6,6 +6,7 @@ from pathlib import Path
 from batchjax.text.gguf_vocab import read_gguf
 from batchjax.text.hf_vocab import read_tokenizer_json
 from batchjax.text.sentencepiece_vocab import read_sentencepiece
+from batchjax.text.special_text import SpecialText
 from batchjax.text.vocab import Vocab
 
 _READERS = {".json": read_tokenizer_json, ".model": read_sentencepiece, ".gguf": read_gguf}
@@ -24,19 +25,33 @@ class Tokenizer:
     special_ids: tokens that are no text, as BOS or the marks of a chat turn.
     has_space_prefix: the encoder puts a space before a text (SentencePiece).
     bos_token_id, eos_token_id: None where the model has no such token.
-    eos_token_ids: all tokens that end a text, `eos_token_id` first.
-    chat_template: jinja2 source for `chat.render`, or None.
+    eos_token_ids: all tokens that end a text or a turn, `eos_token_id` first.
+    special_tokens: text of the tokens that have a role, as templates name them ("pad_token").
+    chat_templates: jinja2 sources by name; `chat_template` is the one called "default", or None.
+    special_text: for `chat.render`, where names of special tokens in messages are text; or None.
+
+  Args:
+    vocab: a tokenizer file, read.
+    split_special_tokens: names of special tokens in prompts and messages are text; those that a
+      chat template writes stay tokens.
   """
 
-  def __init__(self, vocab: Vocab):
+  def __init__(self, vocab: Vocab, split_special_tokens: bool = False):
     self._codec = vocab.codec
+    self._splits = split_special_tokens
+    self.special_text = (None if vocab.reads_names_in_messages and not split_special_tokens
+                         else SpecialText(vocab.codec.special_names))
     self._pieces = vocab.pieces
     self.special_ids = vocab.special_ids
     self.has_space_prefix = vocab.has_space_prefix
     self.bos_token_id = vocab.bos_token_id
     self.eos_token_ids = vocab.eos_token_ids
     self.eos_token_id = vocab.eos_token_ids[0] if vocab.eos_token_ids else None
-    self.chat_template = vocab.chat_template
+    self.special_tokens = vocab.special_tokens
+    self.chat_templates = vocab.chat_templates
+    self.chat_template = vocab.chat_templates.get("default")
+    self._adds_bos = self.bos_token_id is not None and (
+        self.encode("")[:1] == [self.bos_token_id])
 
   @property
   def vocab_size(self) -> int:
@@ -54,12 +69,11 @@ class Tokenizer:
     return "" if self.eos_token_id is None else self._pieces[self.eos_token_id].decode()
 
   def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-    """Ids of `text`; special tokens written in it become what they name.
+    """Ids of `text`; special tokens written in it become what they name, unless they are split.
 
     Args:
       text: any text without lone surrogates.
       add_special_tokens: put BOS before the text if the model's files say so.
-        False for the output of `chat.render`: the template writes BOS itself.
 
     Raises:
       ValueError: the text holds a lone surrogate, which UTF-8 cannot express.
@@ -69,10 +83,22 @@ class Tokenizer:
   def encode_batch(self, texts: Sequence[str],
                    add_special_tokens: bool = True) -> list[list[int]]:
     """`encode` of many texts, on all cores."""
-    for row, text in enumerate(texts):
-      if not text.isascii():
-        _check_encodable(text, row)
+    _check_encodable(texts)
+    if self._splits:
+      return self._codec.encode_sections([[text] for text in texts], add_special_tokens)
     return self._codec.encode_batch(texts, add_special_tokens)
+
+  def encode_chat(self, texts: Sequence[str]) -> list[list[int]]:
+    """Ids of what `chat.render` wrote, which has BOS in it where the model wants one.
+
+    Raises:
+      ValueError: as `encode`.
+    """
+    _check_encodable(texts)
+    if self.special_text is None:
+      return self._codec.encode_batch(texts, add_special_tokens=False)
+    return self._codec.encode_sections([self.special_text.sections(text) for text in texts],
+                                       add_special_tokens=False)
 
   def token_bytes(self, token_id: int) -> bytes:
     """What the token adds to a text; nothing for special tokens and ids outside the vocabulary.
@@ -80,6 +106,26 @@ class Tokenizer:
     A SentencePiece token keeps its leading space; `decode` drops it at the start of a text.
     """
     return b"" if token_id in self.special_ids else self._piece(token_id)
+
+  def token_name(self, token_id: int) -> bytes:
+    """The token's bytes; those of a special token spell its name; none outside the vocabulary."""
+    return self._piece(token_id)
+
+  def text_pieces(self, token_ids: Sequence[int], echoed: Sequence[int] = ()) -> list[bytes]:
+    """What each token adds to the text of a completion.
+
+    Args:
+      token_ids: the generated ones; special tokens among them add nothing.
+      echoed: the prompt's, whose text comes first; its special tokens are spelled, less a BOS
+        that `encode` puts before every text. Empty where the prompt is not echoed.
+    """
+    pieces = [self._piece(i) for i in echoed]
+    if self._adds_bos and pieces and echoed[0] == self.bos_token_id:
+      pieces[0] = b""
+    first = next((i for i, piece in enumerate(pieces) if piece), None)
+    if self.has_space_prefix and first is not None:
+      pieces[first] = pieces[first].removeprefix(b" ")
+    return pieces + [self.token_bytes(i) for i in token_ids]
 
   def decode(self, token_ids: Iterable[int], skip_special_tokens: bool = True, *,
              is_continuation: bool = False) -> str:
@@ -111,12 +157,13 @@ class Tokenizer:
     return self._pieces[token_id] if token_id < len(self._pieces) else b""
 
 
-def load_tokenizer(path: str | Path) -> Tokenizer:
+def load_tokenizer(path: str | Path, split_special_tokens: bool = False) -> Tokenizer:
   """Loads the tokenizer of a model.
 
   Args:
     path: a Hugging Face folder, a tokenizer.json, a SentencePiece `.model` or a
       `.gguf` file. JSON files beside the first three are read too.
+    split_special_tokens: as in `Tokenizer`; for prompts and messages that are not trusted.
 
   Raises:
     FileNotFoundError: there is no tokenizer at `path`.
@@ -135,12 +182,14 @@ def load_tokenizer(path: str | Path) -> Tokenizer:
                      f"in one of {sorted(_READERS)}")
   if not path.exists():
     raise FileNotFoundError(f"there is no tokenizer at {path}")
-  return Tokenizer(_READERS[path.suffix](path))
+  return Tokenizer(_READERS[path.suffix](path), split_special_tokens)
 
 
-def _check_encodable(text: str, row: int) -> None:
-  try:
-    text.encode("utf-8")
-  except UnicodeEncodeError as error:
-    raise ValueError(f"text {row} holds a lone surrogate at character {error.start}: it is not "
-                     "valid Unicode; replace the character") from error
+def _check_encodable(texts: Sequence[str]) -> None:
+  for row, text in enumerate(texts):
+    if not text.isascii():
+      try:
+        text.encode("utf-8")
+      except UnicodeEncodeError as error:
+        raise ValueError(f"text {row} holds a lone surrogate at character {error.start}: it is not "
+                         "valid Unicode; replace the character") from error

@@ -1,18 +1,26 @@
 """What every tokenizer file comes down to, whatever its format."""
 
 import dataclasses
-import json
-from collections.abc import Mapping, Sequence
-from pathlib import Path
-from typing import Any, Protocol, runtime_checkable
+from collections.abc import Callable, Mapping, Sequence
+from typing import Protocol, runtime_checkable
 
 
 @runtime_checkable
 class Codec(Protocol):
-  """Text to ids, by the library that owns the format."""
+  """Text to ids, by the library that owns the format.
+
+  Attributes:
+    special_names: the special tokens that are read in a text, and their ids.
+  """
+
+  special_names: Mapping[str, int]
 
   def encode_batch(self, texts: Sequence[str], add_special_tokens: bool) -> list[list[int]]:
     ...
+
+  def encode_sections(self, rows: Sequence[Sequence[str]],
+                      add_special_tokens: bool) -> list[list[int]]:
+    """Of plain text, the name of a special token, plain text, ...; names in plain text are text."""
 
   def to_json(self) -> str:
     ...
@@ -28,8 +36,10 @@ class Vocab:
     special_ids: tokens that are no text: left out when a text is decoded.
     has_space_prefix: the encoder puts a space before a text, so decoding a whole text drops it.
     bos_token_id: None where the model has no such token.
-    eos_token_ids: tokens that end a text, the main one first.
-    chat_template: jinja2 source, or None.
+    eos_token_ids: tokens that end a text or a turn, the main one first.
+    special_tokens: text of the tokens that have a role, as templates name them ("pad_token").
+    chat_templates: jinja2 sources by name; chat takes "default", with tools "tool_use".
+    reads_names_in_messages: names of special tokens in the messages of a chat become tokens.
   """
 
   codec: Codec
@@ -38,67 +48,19 @@ class Vocab:
   has_space_prefix: bool
   bos_token_id: int | None
   eos_token_ids: tuple[int, ...]
-  chat_template: str | None
+  special_tokens: Mapping[str, str]
+  chat_templates: Mapping[str, str]
+  reads_names_in_messages: bool = True
 
 
-@dataclasses.dataclass(frozen=True)
-class FolderConfig:
-  """What the JSON files beside a Hugging Face tokenizer say.
-
-  Attributes:
-    bos_token, eos_token: their text, or None.
-    eos_token_ids: of generation_config.json.
-    adds_bos: whether encoding puts BOS first; None leaves it to the tokenizer's own file.
-    chat_template: jinja2 source, or None.
-    added_tokens: id to (text, is special).
-  """
-
-  bos_token: str | None
-  eos_token: str | None
-  eos_token_ids: tuple[int, ...]
-  adds_bos: bool | None
-  chat_template: str | None
-  added_tokens: Mapping[int, tuple[str, bool]]
+def end_tokens(main: int | None, id_of: Callable[[str], int | None],
+               *others: int | None) -> tuple[int, ...]:
+  """Tokens that end a text: the main one, those that end a turn by their name, others; no None."""
+  ids = [main, *map(id_of, _ENDS_OF_TURN), *others]
+  return tuple(dict.fromkeys(i for i in ids if i is not None))
 
 
-def read_folder_config(folder: Path) -> FolderConfig:
-  """Reads the files beside a tokenizer; those that are missing say nothing."""
-  config = {**read_json(folder / "special_tokens_map.json"),
-            **read_json(folder / "tokenizer_config.json")}
-  eos_ids = read_json(folder / "generation_config.json").get("eos_token_id")
-  if eos_ids is None:
-    eos_ids = []
-  template_file = folder / "chat_template.jinja"
-  if template_file.exists():
-    template = template_file.read_text(encoding="utf-8")
-  else:
-    template = _default_template(config.get("chat_template"))
-  return FolderConfig(
-    bos_token=_token_text(config.get("bos_token")),
-    eos_token=_token_text(config.get("eos_token")),
-    eos_token_ids=tuple(eos_ids) if isinstance(eos_ids, list) else (eos_ids,),
-    adds_bos=config.get("add_bos_token"),
-    chat_template=template,
-    added_tokens={int(i): (token["content"], token.get("special", False))
-                  for i, token in config.get("added_tokens_decoder", {}).items()})
-
-
-def read_json(path: Path) -> dict[str, Any]:
-  """The object in a JSON file; empty where there is no such file."""
-  if not path.exists():
-    return {}
-  try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{path} is not JSON: {error}") from error
-
-
-def _token_text(token: str | dict[str, Any] | None) -> str | None:
-  return token["content"] if isinstance(token, dict) else token
-
-
-def _default_template(template: str | list[dict[str, str]] | None) -> str | None:
-  """Some models carry several named templates; chat takes the one called "default"."""
-  if isinstance(template, list):
-    return {entry["name"]: entry["template"] for entry in template}.get("default")
-  return template
+# What ends a turn in the models that have one: ChatML, Llama 3 and 4, Gemma, OpenChat. Folders of
+# tuned models often name only the end of a text, which the model then never writes.
+_ENDS_OF_TURN = ("<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<|eot|>", "<|eom|>", "<end_of_turn>",
+                 "<|end_of_turn|>")

@@ -11,7 +11,7 @@ import pytest
 from batchjax.config import ConfigError
 from batchjax.io.records import InputError
 from batchjax.jobs.prepare import BadRow
-from batchjax.jobs.run import run
+from batchjax.jobs.run import run as run_file
 
 # The context of the fake model is 128 tokens and its vocabulary 97; the pool below holds 96.
 BAD_ROWS = [
@@ -50,6 +50,12 @@ BAD_ROWS = [
      "o", "messages", r"the model has no chat template: give a prompt, or set chat_template"),
     ("stop token out of range", b'{"id": "p", "prompt": "x", "stop_token_ids": [97]}', "p",
      "stop_token_ids", r"stop_token_ids names token 97"),
+    ("stop string that is too long", b'{"id": "s", "prompt": "x", "stop": "%s"}' % (b"y" * 2000), "s",
+     "stop", r"2000 characters are more than limits.max_stop_chars=1024: use fewer, or raise"),
+    ("too many samples", b'{"id": "t", "prompt": "x", "n": 1000000000}', "t", "n",
+     r"1000000000 samples are more than limits.max_n=10000: use fewer, or raise the limit"),
+    ("digits without end", b'{"id": "u", "prompt": "x", "logit_bias": {"%s": 1}}' % (b"1" * 5000),
+     "u", "logit_bias", r"logit_bias must be keyed by token ids written as strings"),
     ("batch line without a body", b'{"custom_id": "q", "method": "POST", "url": "/v1/completions"}',
      "q", "body", r"body is missing: a batch line has custom_id, method, url and body"),
     ("batch line without an id", b'{"method": "POST", "url": "/v1/completions", "body": {}}',
@@ -72,7 +78,7 @@ def small_config(**fields):
 
 def run(tmp_path, data, config=None, name="in.jsonl", model_fn=no_model):
   (tmp_path / name).write_bytes(data)
-  return run(config or small_config(), str(tmp_path / name), str(tmp_path / "out.jsonl"),
+  return run_file(config or small_config(), str(tmp_path / name), str(tmp_path / "out.jsonl"),
                     quiet=True, loaders=fake_job.fake_loaders(model_fn=model_fn))
 
 
@@ -138,7 +144,7 @@ def test_an_unreadable_file_says_so_and_leaves_nothing(tmp_path, name, data, mes
 
 def run_paths(tmp_path, input_path="in.jsonl", output_path="out.jsonl", error_path=None):
   paths = [path and str(tmp_path / path) for path in (input_path, output_path, error_path)]
-  run(small_config(), *paths[:2], error_path=paths[2], quiet=True,
+  run_file(small_config(), *paths[:2], error_path=paths[2], quiet=True,
              loaders=fake_job.fake_loaders(model_fn=no_model))
 
 
@@ -168,12 +174,6 @@ def test_output_directory_without_permission(tmp_path):
   (tmp_path / "locked").mkdir(mode=0o500)
   with pytest.raises(PermissionError, match="locked"):
     run_paths(tmp_path, output_path="locked/out.jsonl")
-
-
-def test_stop_strings_that_make_too_large_a_table(tmp_path):
-  data = json.dumps({"id": "a", "prompt": "x", "stop": ["y" * 40_000], "max_tokens": 2}).encode()
-  with pytest.raises(ConfigError, match=r"stop: the stop table .* use fewer"):
-    run(tmp_path, data)
 
 
 @pytest.mark.parametrize("template, message", [

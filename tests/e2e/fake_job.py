@@ -79,10 +79,10 @@ def run_slowly(directory: str, cache_dir: str, phases) -> None:
       time.sleep(0.1)
       return super().encode_batch(texts)
 
-    def decode(self, token_ids, *, is_continuation=False):
+    def text_pieces(self, token_ids, echoed=()):
       enter("running")
       time.sleep(0.005)
-      return super().decode(token_ids, is_continuation=is_continuation)
+      return super().text_pieces(token_ids, echoed)
 
   def sync_and_wait(path):
     sync_directory(path)

@@ -12,7 +12,7 @@ import pytest
 
 from batchjax.config import JobConfig, from_config_dict
 from batchjax.io import records
-from batchjax.jobs.run import run
+from batchjax.jobs.run import run as run_file
 from batchjax.text.tokenizer import load_tokenizer
 
 PREFIX = "Read the question and answer it as well as you can: "
@@ -69,7 +69,7 @@ def _schema(rows):
 def run(folder, rows, config, suffix=".jsonl"):
   """Output rows of a job by id, in the order of the file."""
   write(folder / f"in{suffix}", rows)
-  run(config, str(folder / f"in{suffix}"), str(folder / f"out{suffix}"), quiet=True)
+  run_file(config, str(folder / f"in{suffix}"), str(folder / f"out{suffix}"), quiet=True)
   return {row.get("custom_id") or row["id"]: row for row in read(folder / f"out{suffix}")}
 
 

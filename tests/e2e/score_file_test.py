@@ -13,6 +13,7 @@ from batchjax.jobs import prepare
 from batchjax.jobs.score import score_file
 from batchjax.scoring import ScoreRequest, score
 from batchjax.testing import oracle
+from batchjax.testing.fake_tokenizer import FakeTokenizer
 from batchjax.text.tokenizer import load_tokenizer
 from batchjax.types import Request, SamplingParams
 from batchjax.weights import load_model
@@ -78,14 +79,19 @@ def test_is_greedy_holds_for_what_the_model_would_say(tiny_model):
     (b'{"prompt": "a", "continuation": "b", "n": 1}', r"row 2: n is no field of a row to score"),
     (b'{"prompt": "a", "continuation": "b", "id": ["c"]}', r"row 2: id must be a string, got"),
     (b'{"prompt": "a", "continuation": "%s"}' % (b"x" * 300), r"row 2: .* tokens, the model takes"),
-    (b'{"id": "x", "prompt": "a", "continuation": "b"}', r"row 2: id 'x' is used by an earlier"),
+    (b'{"id": "x", "prompt": "a", "continuation": "b"}', r"row 2 \(x\): id 'x' is used by an earlier"),
+    (b'{"prompt": "a", "continuation": "fail"}', r"row 2: the row cannot be processed \(KeyError: 0\)"),
 ])
 def test_bad_rows_stop_it_before_the_model_loads(tmp_path, row, message):
   def no_model(source):
     raise AssertionError("the model was loaded")
 
+  class Fragile(FakeTokenizer):
+    def encode(self, text, add_special_tokens=True):
+      return {}[0] if "fail" in text else super().encode(text)
+
   (tmp_path / "in.jsonl").write_bytes(json.dumps(PAIRS[0]).encode() + b"\n" + row + b"\n")
   with pytest.raises(prepare.BadRow, match=message):
     score_file(fake_job.config(), str(tmp_path / "in.jsonl"),
-                          str(tmp_path / "out.jsonl"), fake_job.fake_loaders(model_fn=no_model))
+                          str(tmp_path / "out.jsonl"), fake_job.fake_loaders(Fragile, no_model))
   assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl"}

@@ -364,10 +364,10 @@ def test_finish_reasons_and_their_precedence():
 
 
 def test_advance_stop_walks_the_table():
-  # Automaton 1 completes at token 2 behind token 1.
-  transitions = np.zeros((2, 2, 3), np.int16)
-  transitions[1] = [[0, 1, 0], [0, 1, -1]]
-  automaton = np.array([1, 1, 1, -1, 1, 1])
+  # The automaton that starts at 3 completes at token 2 behind token 1.
+  transitions = np.zeros((5, 3), np.int16)
+  transitions[3:] = [[0, 1, 0], [0, 1, -1]]
+  automaton = np.array([3, 3, 3, -1, 3, 3])
   states = np.array([0, 1, 1, 0, -1, 1])
   tokens = np.array([1, 2, 0, 2, 1, -1])
   got = sampling.advance_stop(jnp.asarray(transitions), automaton, jnp.asarray(states), tokens)

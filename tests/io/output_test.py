@@ -8,17 +8,19 @@ from batchjax.io.records import RowError
 from batchjax.io.store import StoredRow
 from batchjax.types import Choice, Completion, Request, SamplingParams
 
-# Each token's bytes; 4 and 5 are the halves of "é".
-VOCAB = [b"<s>", b"Hi", b" th", b"ere", b"\xc3", b"\xa9", b".\n", b"END", b"xE", b"ND!"]
+# Each token's bytes; 4 and 5 are the halves of "é"; 10 and 11 are special tokens.
+VOCAB = [b"<s>", b"Hi", b" th", b"ere", b"\xc3", b"\xa9", b".\n", b"END", b"xE", b"ND!", b"<a>",
+         b"<b>"]
 
 
-def token_bytes(token):
-  return VOCAB[token]
+class Tokenizer:
+  """What the output needs of one; ids past the vocabulary have no bytes."""
 
+  def token_name(self, token):
+    return VOCAB[token] if token < len(VOCAB) else b""
 
-def decode(token_ids, *, is_continuation):
-  del is_continuation
-  return b"".join(VOCAB[t] for t in token_ids).decode("utf-8", "replace")
+  def text_pieces(self, token_ids, echoed=()):
+    return [VOCAB[t] for t in echoed] + [b"" if t in (10, 11) else VOCAB[t] for t in token_ids]
 
 
 def stored(form, prompt=(0, 1), echo=False, return_token_ids=False, **params):
@@ -38,8 +40,7 @@ def choice(token_ids, finish_reason="length", index=0, logprobs=None, top=None):
 
 def format_row(row, *choices, **kwargs):
   completion = Completion("r1", choices, len(row.request.prompt_token_ids), 1, **kwargs)
-  return output.format_completion(row, completion, decode_fn=decode, token_bytes_fn=token_bytes,
-                                  job_id="job")
+  return output.format_completion(row, completion, tokenizer=Tokenizer(), job_id="job")
 
 
 def test_chat():
@@ -151,29 +152,70 @@ def test_plain_with_samples_and_logprobs():
     ([2, 3], "stop", ("there", "e"), " th"),      # so was the first "e"
 ])
 def test_stop_strings(token_ids, finish_reason, stop, text):
-  assert output.choice_text(choice(token_ids, finish_reason), stop, decode) == text
+  pieces = Tokenizer().text_pieces(token_ids)
+  assert output.choice_text(choice(token_ids, finish_reason), stop, pieces) == text
 
 
 @pytest.mark.parametrize("token_ids, text", [([9], "HixEND!"), ([1, 8, 9], "HixEHix")])
 def test_a_stop_string_does_not_begin_in_the_echoed_prompt(token_ids, text):
-  got = output.choice_text(choice(token_ids, "stop"), ("END",), decode, echoed=[1, 8])
-  assert got == text
+  pieces = Tokenizer().text_pieces(token_ids, echoed=[1, 8])
+  assert output.choice_text(choice(token_ids, "stop"), ("END",), pieces) == text
 
 
-def test_an_echoed_text_is_no_continuation():
-  seen = []
-  decode_fn = lambda ids, *, is_continuation: seen.append((list(ids), is_continuation)) or "x"
-  output.choice_text(choice([2]), (), decode_fn)
-  output.choice_text(choice([2]), (), decode_fn, echoed=[1])
-  assert seen == [([2], True), ([1, 2], False)]
+@pytest.mark.parametrize("top", [None, 2])
+def test_a_prompt_of_which_nothing_follows_keeps_its_scores(top):
+  """An end token at once, or `max_tokens` 0: an empty list is not the same as none."""
+  row = stored("completions", prompt=(10, 1), echo=True, logprobs=True, prompt_logprobs=True,
+               top_logprobs=top or 0)
+  tops = {} if top is None else {
+      "prompt_top_token_ids": np.array([[0, 0], [11, 10]], np.int32),
+      "prompt_top_logprobs": np.array([[np.nan, np.nan], [-0.5, -2]], np.float32)}
+  [got] = format_row(row, choice([], "stop", logprobs=[]),
+                     prompt_logprobs=np.array([np.nan, -4], np.float32),
+                     **tops)["response"]["body"]["choices"]
+  assert got["text"] == "<a>Hi"
+  assert got["logprobs"] == {
+      "tokens": ["<a>", "Hi"], "token_logprobs": [None, -4.0], "text_offset": [0, 3],
+      "top_logprobs": None if top is None else [None, {"<b>": -0.5, "<a>": -2.0, "Hi": -4.0}]}
+
+
+def test_alternatives_that_were_asked_for_are_a_list_even_where_there_are_none():
+  row = stored("completions", logprobs=True, top_logprobs=2)
+  [got] = format_row(row, choice([], "stop", logprobs=[]))["response"]["body"]["choices"]
+  assert got["logprobs"] == {"tokens": [], "token_logprobs": [], "top_logprobs": [],
+                             "text_offset": []}
+
+
+def test_special_tokens_have_their_names_and_ids_outside_the_vocabulary_numbers():
+  top = [[(10, -0.5), (11, -1), (12, -2), (13, -3)]]
+  sample = choice([10], logprobs=[-0.5], top=top)
+  params = dict(logprobs=True, top_logprobs=4)
+  names = ["<a>", "<b>", "token_id:12", "token_id:13"]
+  [got] = format_row(stored("completions", **params), sample)["response"]["body"]["choices"]
+  assert got["text"] == "" and got["logprobs"]["tokens"] == ["<a>"]
+  assert got["logprobs"]["top_logprobs"] == [dict(zip(names, [-0.5, -1.0, -2.0, -3.0]))]
+  assert got["logprobs"]["text_offset"] == [0]
+  [got] = format_row(stored("chat", **params), sample)["response"]["body"]["choices"]
+  content, = got["logprobs"]["content"]
+  assert (content["token"], content["bytes"]) == ("<a>", [60, 97, 62])
+  assert [entry["token"] for entry in content["top_logprobs"]] == names
+  assert [entry["bytes"] for entry in content["top_logprobs"]][2:] == [[], []]
+  [got] = format_row(stored("plain", **params), sample)["logprobs"]
+  assert [got["token"], *(entry["token"] for entry in got["top_logprobs"])] == ["<a>", *names]
+
+
+def test_offsets_pass_over_special_tokens_that_were_generated():
+  [got] = format_row(stored("completions", logprobs=True),
+                     choice([1, 10, 2], logprobs=[-1, -1, -1]))["response"]["body"]["choices"]
+  assert (got["text"], got["logprobs"]["text_offset"]) == ("Hi th", [0, 2, 2])
 
 
 def test_ids_depend_on_job_and_request_alone():
   row = stored("chat")
   first, again = (format_row(row, choice([1])) for _ in range(2))
   assert first == again
-  other = output.format_completion(row, Completion("r1", (choice([1]),), 2, 0), decode_fn=decode,
-                                   token_bytes_fn=token_bytes, job_id="other")
+  other = output.format_completion(row, Completion("r1", (choice([1]),), 2, 0),
+                                   tokenizer=Tokenizer(), job_id="other")
   assert other["id"] != first["id"]
 
 

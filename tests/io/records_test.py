@@ -1,6 +1,7 @@
 """Reading rows: formats, damage, and what users are told."""
 
 import collections
+import decimal
 import gzip
 import itertools
 import json
@@ -11,7 +12,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from batchjax.io import records
+from batchjax.io import json_rows, parquet_rows, records
 
 ROWS = [{"id": "a", "prompt": "héllo\u2028"}, {"id": "b", "messages": [{"role": "user"}]}]
 
@@ -64,7 +65,7 @@ def test_byte_order_mark_is_skipped(tmp_path):
 
 
 @pytest.mark.parametrize("line, told", [
-    (b'{"id": "a", }', "not valid JSON at column 13"),
+    (b'{"id": "a", }', "not valid JSON at column 1"),
     (b'{"id": "a"', "not valid JSON at column 11"),
     (b'{"id": "a"} {"id": "b"}', "not valid JSON at column 13"),
     (b'{"id": "\xff"}', "byte 9 of the line is not valid UTF-8: save the file as UTF-8"),
@@ -85,6 +86,40 @@ def test_a_bad_line_is_one_error_between_good_ones(tmp_path, line, told):
   assert ": " in bad.value.message  # what is wrong, then the remedy
   assert (bad.value.index, bad.value.row, bad.value.code) == (1, 2, "invalid_json")
   assert str(bad.value).startswith("row 2: ")
+
+
+@pytest.mark.parametrize("chunk", [1, 3, 7, 1 << 18])
+def test_lines_are_cut_where_they_end_and_long_ones_are_errors(tmp_path, monkeypatch, chunk):
+  monkeypatch.setattr(json_rows, "_CHUNK_BYTES", chunk)
+  fits, over = b'{"a":"' + b"x" * 12 + b'"}', b'{"a":"' + b"x" * 13 + b'"}'
+  data = b"\r\n".join([fits, b"", over + over, fits]) + b"\n\n" + over
+  for name, packed in (("in.jsonl", data), ("in.jsonl.gz", gzip.compress(data))):
+    got = list(records.read(write(tmp_path, name, packed), max_row_bytes=len(fits) + 1))
+    assert [(r.index, r.row, type(r.value)) for r in got] == [
+        (0, 1, dict), (1, 3, records.RowError), (2, 4, dict), (3, 6, dict)]
+    assert got[1].value.code == "limit_exceeded"
+    assert "limits.max_line_bytes=21 bytes: shorten it, or raise" in got[1].value.message
+
+
+def test_a_huge_line_in_a_small_file_is_never_held(tmp_path):
+  path = tmp_path / "in.jsonl.gz"
+  with gzip.open(path, "wb", 1) as f:
+    f.write(b'{"id":"a"}\n{"id":"')
+    for _ in range(64):
+      f.write(b"x" * (1 << 20))
+    f.write(b'"}\n{"id":"b"}\n')
+  tracemalloc.start()
+  got = [record.value for record in records.read(path, max_row_bytes=1 << 20)]
+  _, peak = tracemalloc.get_traced_memory()
+  tracemalloc.stop()
+  assert (got[0], got[2]) == ({"id": "a"}, {"id": "b"}) and got[1].code == "limit_exceeded"
+  assert peak < 8 << 20
+
+
+def test_what_is_long_is_cut_out_of_the_middle_of_a_message():
+  error = records.RowError(0, 1, "a", "f" * 5000, "begins " + "x" * 10**6 + ": remedy", "c")
+  assert len(str(error)) < 1100 and len(error.field) < 1100
+  assert "begins x" in error.message and error.message.endswith("x: remedy")
 
 
 def test_an_escaped_surrogate_pair_is_whole(tmp_path):
@@ -129,6 +164,84 @@ def test_damaged_gzip_names_the_file(tmp_path, damage):
 def test_damaged_parquet_names_the_file(tmp_path):
   with pytest.raises(records.InputError, match="in.parquet is not a whole Parquet file"):
     list(records.read(write(tmp_path, "in.parquet", b"PAR1 no")))
+
+
+HUGE = 2**62  # microseconds past any date that Python has
+GOOD = {"id": "g", "t": 0, "text": b"good", "map": [("a", 1.0)]}
+COLUMNS = {"id": pa.string(), "t": pa.timestamp("us"), "text": pa.string(),
+           "map": pa.map_(pa.string(), pa.float64())}
+
+
+def parquet(path, rows):
+  """Rows as Arrow holds them, whether Python could or not."""
+  columns = [pa.array([row[name] for row in rows], storage).view(kind)
+             for (name, kind), storage in zip(COLUMNS.items(), (
+                 pa.string(), pa.int64(), pa.binary(), COLUMNS["map"]))]
+  pq.write_table(pa.table(columns, names=list(COLUMNS)), path)
+
+
+@pytest.mark.parametrize("field, value, told", [
+    ("t", HUGE, "column t holds what cannot be read (OverflowError: "),
+    ("text", b"\xff\xfe", "column text holds what cannot be read (UnicodeDecodeError: "),
+    ("map", [("a", 1.0), ("b", 2.0), ("a", 3.0)], "column map holds what cannot be read (KeyError: "),
+    ("text", b"x" * 2000, "the row has more than limits.max_line_bytes=1500 bytes: shorten it")])
+def test_a_bad_parquet_row_is_one_error_between_good_ones(tmp_path, field, value, told):
+  parquet(tmp_path / "in.parquet", [GOOD, GOOD | {"id": "bad", field: value}, GOOD])
+  before, bad, after = records.read(tmp_path / "in.parquet", max_row_bytes=1500)
+  assert before.value == after.value and before.value["map"] == {"a": 1.0}
+  assert (bad.index, bad.row) == (1, 2) and told in bad.value.message
+  assert bad.value.field == ("" if "max_line" in told else field)
+  assert bad.value.request_id == (None if "max_line" in told else "bad")
+
+
+def test_parquet_values_are_those_of_json(tmp_path):
+  D = decimal.Decimal
+  columns = {"text": pa.array([b"\xc3\xa9", b"\xff"]), "int": pa.array([D("7.0"), D("3")]),
+             "big": pa.array([D("9007199254740993"), D("1")]), "float": pa.array([D("0.5"), D("1.5")]),
+             "deep": pa.array([[{"a": [b"x"], "b": None}], []])}
+  pq.write_table(pa.table(columns), tmp_path / "in.parquet")
+  first, second = records.read(tmp_path / "in.parquet")
+  assert first.value == {"text": "é", "int": 7, "big": 9007199254740993, "float": 0.5,
+                         "deep": [{"a": ["x"]}]}
+  assert type(first.value["int"]) is int and second.value.field == "text"
+
+
+def test_a_value_that_stands_once_in_the_file_is_not_decoded_for_many_rows(tmp_path, monkeypatch):
+  monkeypatch.setattr(parquet_rows, "_BATCH_BYTES", 1 << 20)
+  text = "x" * 300_000
+  pq.write_table(pa.table([[text] * 300], names=["prompt"]), tmp_path / "in.parquet")
+  peak = pa.total_allocated_bytes()
+  for count, record in enumerate(records.read(tmp_path / "in.parquet"), start=1):
+    peak = max(peak, pa.total_allocated_bytes())
+    assert record.value == {"prompt": text}
+  assert count == 300 and peak < 30 * len(text)
+
+
+def test_columns_of_one_name_are_refused(tmp_path):
+  pq.write_table(pa.table([["a"], ["b"]], names=["id", "id"]), tmp_path / "in.parquet")
+  with pytest.raises(records.InputError, match="two columns have the name 'id'"):
+    list(records.read(tmp_path / "in.parquet"))
+
+
+@settings(max_examples=150, deadline=None)
+@given(name=st.sampled_from(["in.parquet", "in.jsonl.gz"]), data=st.data())
+def test_a_file_with_flipped_bytes_has_its_rows_or_is_refused(tmp_path_factory, name, data):
+  path = tmp_path_factory.mktemp("fuzz") / name
+  if name == "in.parquet":
+    parquet(path, [GOOD] * 20)
+  else:
+    path.write_bytes(gzip.compress(jsonl(ROWS * 10)))
+  damaged = bytearray(path.read_bytes())
+  for _ in range(data.draw(st.integers(1, 3))):
+    damaged[data.draw(st.integers(0, len(damaged) - 1))] ^= data.draw(st.integers(1, 255))
+  path.write_bytes(damaged[:data.draw(st.none() | st.integers(0, len(damaged)))])
+  try:
+    got = list(records.read(path))
+  except records.InputError as e:
+    assert str(path) in str(e) and "\n" not in str(e) and ": " in str(e)
+  else:
+    assert [record.index for record in got] == list(range(len(got)))
+    assert all(isinstance(record.value, (dict, records.RowError)) for record in got)
 
 
 def test_reading_is_lazy(tmp_path):

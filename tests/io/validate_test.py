@@ -7,6 +7,7 @@ from hypothesis import given, settings, strategies as st
 import numpy as np
 import pytest
 
+from batchjax.config import RowLimits
 from batchjax.io import fields, validate
 from batchjax.io.records import Record, RowError
 from batchjax.types import SamplingParams
@@ -108,17 +109,28 @@ def test_seed_is_a_stable_hash_of_job_seed_and_id():
   assert len(seeds) == 160
 
 
-def test_text_parts_become_text():
-  parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]
-  row = parse(batch(messages=[{"role": "user", "content": parts, "name": "n"}]))
-  assert row.prompt == [{"role": "user", "content": "a\nb", "name": "n"}]
+def test_messages_are_normal():
+  """`text.messages` says what that is."""
+  parts = [{"type": "text", "text": "a"}, {"type": "text", "text": "b", "annotations": []}]
+  function = {"name": "f", "arguments": '{"x": [null]}', "strict": None}
+  row = parse(batch(messages=[
+      {"role": "user", "content": parts, "name": "n", "audio": None},
+      {"role": "assistant", "content": None, "tool_calls": [{"id": "1", "function": function}]},
+      {"role": "tool", "tool_call_id": "1", "content": "42"}]))
+  assert row.prompt == [
+      {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}],
+       "name": "n"},
+      {"role": "assistant", "tool_calls": [
+          {"id": "1", "function": {"name": "f", "arguments": {"x": [None]}}}]},
+      {"role": "tool", "tool_call_id": "1", "content": "42"}]
 
 
-def test_tool_messages_pass_through():
-  messages = [{"role": "user", "content": "q"},
-              {"role": "assistant", "content": None, "tool_calls": [{"id": "1"}]},
-              {"role": "tool", "tool_call_id": "1", "content": "42"}]
-  assert parse(batch(messages=messages)).prompt == messages
+def test_null_members_of_tools_are_absent_and_their_schema_is_as_given():
+  schema = {"type": "object", "required": [], "properties": {"a": {"default": None}}}
+  function = {"name": "f", "description": None, "parameters": schema}
+  tools = [{"type": "function", "function": function, "strict": None}]
+  assert parse(batch(tools=tools)).tools == [
+      {"type": "function", "function": {"name": "f", "parameters": schema}}]
 
 
 BAD = [
@@ -166,7 +178,7 @@ BAD = [
     (completions(prompt=[[1], [2]]), "prompt", "list of 2 prompts"),
     (completions(prompt=[1, -2]), "prompt[1]", "prompt[1] must be a token id"),
     (completions(prompt=[True]), "prompt[0]", "must be a token id"),
-    (completions(prompt=[1.0]), "prompt[0]", "must be a token id"),
+    (completions(prompt=[1.5]), "prompt[0]", "must be a token id"),
     (completions(prompt=[2**31]), "prompt[0]", "must be a token id"),
     (completions(prompt=[1, "a"]), "prompt[1]", "must be a token id"),
     ({"prompt_token_ids": "a"}, "prompt_token_ids", "must be a list of token ids"),
@@ -182,10 +194,21 @@ BAD = [
      "messages[0].content[0]", "reads text alone"),
     (batch(messages=[{"role": "user", "content": [{"type": "text"}]}]),
      "messages[0].content[0]", "an object such as"),
+    *[(batch(messages=[{"role": "assistant", "tool_calls": [
+        {"function": {"name": "f", "arguments": arguments}}]}]),
+       "messages[0].tool_calls[0].function.arguments", "an object, or a string that holds one")
+      for arguments in ("", "{", "[1]", "null", 3, [{}], '{"a": "\\ud800"}')],
+    (batch(messages=[{"role": "assistant", "function_call": {"name": "f", "arguments": "x"}}]),
+     "messages[0].function_call.arguments", 'got "x"'),
+    (batch(messages=[{"role": "assistant", "tool_calls": [{"function": "f"}]}]),
+     "messages[0].tool_calls[0].function", "an object with name and arguments"),
     (batch(messages=[{"role": "assistant", "tool_calls": 1}]), "messages[0].tool_calls", "a list"),
     (batch(tools={}), "tools", "must be a list"),
     (batch(tools=[{"type": "function"}]), "tools[0]", "an object such as"),
     (batch(chat_template_kwargs=[1]), "chat_template_kwargs", "must be an object"),
+    *((batch(chat_template_kwargs={"a": 1, name: 2}), f"chat_template_kwargs.{name}",
+       f"may not name {name}, which every template is given: remove it") for name in (
+           "messages", "tools", "bos_token", "eos_token", "add_generation_prompt")),
     (plain(tools=[]), "tools", "tools needs messages"),
     (plain(chat_template_kwargs={"a": 1}), "chat_template_kwargs", "needs messages"),
     ({"messages": [{"role": "user", "content": "x"}], "echo": True}, "echo", "needs a prompt"),
@@ -196,7 +219,9 @@ BAD = [
     (plain(temperature=-1), "temperature", "at least 0"),
     (plain(max_tokens=True), "max_tokens", "an integer of at least 0, got True"),
     (plain(max_tokens=0), "max_tokens", "0 with prompt_logprobs to score a prompt, got 0"),
-    (plain(max_tokens=1e2), "max_tokens", "an integer"),
+    (plain(max_tokens=1.5), "max_tokens", "an integer"),
+    (plain(max_tokens=10**30), "max_tokens", "an integer of at least 0, below 2**31, got 1000"),
+    (plain(max_tokens=1e300), "max_tokens", "below 2**31"),
     (batch(max_tokens=1, max_completion_tokens=2), "max_completion_tokens", "give one of them"),
     (plain(min_tokens=33), "min_tokens", "at most max_tokens=32"),
     (plain(n=0), "n", "at least 1"),
@@ -212,6 +237,7 @@ BAD = [
     (plain(logit_bias=[[1, 2]]), "logit_bias", "an object such as"),
     (plain(logit_bias={"a": 1}), "logit_bias", "keyed by token ids"),
     (plain(logit_bias={"-1": 1}), "logit_bias", "keyed by token ids"),
+    (plain(logit_bias={"1" * 5000: 1}), "logit_bias", "keyed by token ids"),
     (plain(logit_bias={"1": 101}), "logit_bias[1]", "between -100 and 100"),
     (plain(logit_bias={"1": True}), "logit_bias[1]", "between -100 and 100"),
     (plain(logit_bias={"1": NAN}), "logit_bias[1]", "between -100 and 100"),
@@ -238,6 +264,59 @@ def test_bad_rows(value, field, told):
     assert error.request_id == value["custom_id"]
 
 
+LIMITS = RowLimits(max_name_chars=5, max_messages=2, max_n=3, max_top_logprobs=4,
+                   max_stop_strings=2, max_stop_chars=3, max_stop_token_ids=2, max_logit_bias=2)
+SAY = {"role": "user", "content": "x"}
+
+
+@pytest.mark.parametrize("value, field, told", [
+    (plain(n=4), "n", "n: 4 samples are more than limits.max_n=3: use fewer, or raise the limit"),
+    (plain(n=10**9), "n", "1000000000 samples are more"),
+    (plain(n=10**300), "n", "more than a trillion samples"),
+    (batch(logprobs=True, top_logprobs=5), "top_logprobs", "5 alternatives per token"),
+    (completions(logprobs=5), "logprobs", "more than limits.max_top_logprobs=4"),
+    (plain(stop=["a", "b", "c"]), "stop", "3 strings are more than limits.max_stop_strings=2"),
+    (plain(stop="abcd"), "stop", "4 characters are more than limits.max_stop_chars=3"),
+    (plain(stop=["a", "abcd"]), "stop[1]", "4 characters are more than limits.max_stop_chars=3"),
+    (plain(stop_token_ids=[1, 2, 3]), "stop_token_ids", "more than limits.max_stop_token_ids=2"),
+    (plain(logit_bias={"1": 1, "2": 1, "3": 1}), "logit_bias", "limits.max_logit_bias=2"),
+    (batch(messages=[SAY] * 3), "messages", "3 messages are more than limits.max_messages=2"),
+    (plain(id="abcdef"), "id", "6 characters are more than limits.max_name_chars=5"),
+    (batch() | {"custom_id": "abcdef"}, "custom_id", "limits.max_name_chars=5"),
+    (plain(model="abcdef"), "model", "6 characters are more than limits.max_name_chars=5"),
+])
+def test_limits_are_named(value, field, told):
+  error = validate.parse(Record(4, 6, value), defaults=DEFAULTS, model_name="", job_seed=0,
+                         limits=LIMITS)
+  assert (error.field, error.code) == (field, "limit_exceeded") and told in error.message
+
+
+def test_what_reaches_the_limits_passes():
+  params = validate.parse(Record(0, 1, {
+      "id": "abcde", "messages": [SAY] * 2, "n": 3, "logprobs": True, "top_logprobs": 4,
+      "stop": ["abc", "b"], "stop_token_ids": [1, 2], "logit_bias": {"1": 1, "2": 1}}),
+      defaults=DEFAULTS, model_name="", job_seed=0,
+      limits=LIMITS).sampling_params
+  assert (params.n, params.top_logprobs, params.stop) == (3, 4, ("abc", "b"))
+
+
+def test_a_field_name_of_any_length_is_an_error():
+  assert "limits.max_name_chars=1024" in parse(plain(**{"x" * 10**6: 1})).message
+
+
+def test_floats_without_a_fraction_are_integers():
+  row = parse({"id": 7.0, "prompt_token_ids": [1.0, 2], "max_tokens": 3.0, "min_tokens": 1.0,
+               "top_k": 4.0, "n": 2.0, "seed": 5.0, "stop_token_ids": [6.0], "logprobs": True,
+               "top_logprobs": 1.0})
+  assert row.request_id == "7" and row.prompt.tolist() == [1, 2]
+  params = row.sampling_params
+  assert (params.max_tokens, params.min_tokens, params.top_k, params.n, params.seed,
+          params.stop_token_ids, params.top_logprobs) == (3, 1, 4, 2, 5, (6,), 1)
+  assert all(type(x) is int for x in (params.n, params.seed, *params.stop_token_ids))
+  params = parse(completions(logprobs=2.0, max_tokens=1e2)).sampling_params
+  assert (params.top_logprobs, params.max_tokens) == (2, 100)
+
+
 @pytest.mark.parametrize("value, code", [
     (batch(model="x"), "model_not_found"), (plain(foo=1), "unknown_field"),
     ({"id": "a"}, "missing_field"), (batch(stream=True), "unsupported"),
@@ -255,7 +334,9 @@ def test_a_record_that_was_not_read_stays_an_error():
   assert parse(error) is error
 
 
-JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=4),
+HUGE = st.sampled_from([10**18, -2**63, 2**64, 10**400, 1e308, -1e-320, float("inf"), 7.0, 2.0**53])
+JSON = st.recursive(st.none() | st.booleans() | st.integers() | st.floats() | HUGE
+                    | st.text(max_size=4) | st.sampled_from(["\0", "9" * 5000, "x" * 2000]),
                     lambda x: st.lists(x, max_size=3) | st.dictionaries(st.text(max_size=4), x,
                                                                         max_size=3), max_leaves=6)
 NAMES = sorted(fields.FIELDS["plain"] | {"custom_id", "method", "url", "body"})
@@ -295,6 +376,24 @@ def test_check_prompt_accepts_what_just_fits():
   assert validate.check_prompt(ROW, [8] * 10, 9, 20) is None
 
 
+def test_scoring_a_prompt_that_fills_the_context_needs_no_room():
+  row = parse(plain(max_tokens=0, prompt_logprobs=True))
+  assert validate.check_prompt(row, [1] * 20, 9, 20) is None
+  assert "shorten it to at most 20" in validate.check_prompt(row, [1] * 21, 9, 20).message
+
+
+@pytest.mark.parametrize("fields, prompt_len, max_tokens", [
+    ({}, 60, 32), ({}, 80, 20), ({}, 99, 1), ({}, 100, 32), ({"max_tokens": 32}, 80, 32),
+    ({"min_tokens": 20}, 80, 20), ({"min_tokens": 21}, 80, 32)])
+def test_the_default_of_max_tokens_shrinks_to_the_room(fields, prompt_len, max_tokens):
+  row = validate.fit_default(parse(plain(**fields)), prompt_len, 100)
+  assert row.sampling_params.max_tokens == max_tokens
+  error = validate.check_prompt(row, [1] * prompt_len, 9, 100)
+  assert (error is None) == (prompt_len + max_tokens <= 100)
+  if "min_tokens" in fields and error:
+    assert error.field == "min_tokens" and "min_tokens to at most 20" in error.message
+
+
 def test_check_prompt_of_top_logprobs_and_bias():
   row = parse(plain(logprobs=True, top_logprobs=6))
   assert "exceed the vocabulary of 5" in validate.check_prompt(row, [1], 5, 100).message
@@ -315,5 +414,5 @@ def test_duplicate_ids():
 
 def test_duplicate_ids_keep_hashes_only():
   ids = validate.DuplicateIds()
-  ids.check(parse(plain(id="x" * 100_000)))
+  ids.check(parse(plain(id="x" * 1000)))
   assert sum(map(sys.getsizeof, ids._seen)) < 100

@@ -24,8 +24,13 @@ IDENTITY = {"input": {"sha256": "ab"}, "sampling": {"temperature": 0.5, "stop": 
 NUM_ROWS = 12
 
 
-def decode(token_ids, *, is_continuation):
-  return f"{token_ids} {is_continuation}"
+class Tokenizer:
+
+  def text_pieces(self, token_ids, echoed=()):
+    return [b"%d " % token for token in token_ids]
+
+  def token_name(self, token):
+    return b"%d" % token
 
 
 def append(job, index):
@@ -38,8 +43,8 @@ def append(job, index):
     request = Request(f"r{index}", np.array([1], np.int32))
     completion = Completion(f"r{index}", (Choice(0, np.array([index], np.int32), "stop"),), 1, 0)
     job.append(index, output.format_completion(
-        StoredRow(index, index + 1, form, "m", False, False, request), completion, decode_fn=decode,
-        token_bytes_fn=lambda token: b"%d" % token, job_id=job.id))
+        StoredRow(index, index + 1, form, "m", False, False, request), completion,
+        tokenizer=Tokenizer(), job_id=job.id))
 
 
 def run(directory, out, order, stop_after=None):

@@ -77,12 +77,12 @@ class StoppingTokenizer(FakeTokenizer):
   def __init__(self):
     self.num_decoded = 0
 
-  def decode(self, token_ids, *, is_continuation=False):
+  def text_pieces(self, token_ids, echoed=()):
     self.num_decoded += 1
     if self.num_decoded == 3:
       for _ in range(self.num_signals):
         os.kill(os.getpid(), signal.SIGTERM)
-    return super().decode(token_ids, is_continuation=is_continuation)
+    return super().text_pieces(token_ids, echoed)
 
 
 def test_a_signal_keeps_the_step_and_the_job_goes_on(tmp_path, cache, undisturbed, sigterm):
@@ -200,7 +200,10 @@ def test_identity_hashes_every_file_of_the_model(tmp_path):
     (tmp_path / name).write_text(text)
     seen.append(identity(config, str(tmp_path / "in.jsonl")))
   assert list(seen[1]["model"]["files"]) == ["model/a", "model/sub/b"]
-  assert seen[0] != seen[1] != seen[2]
+  split = dataclasses.replace(config, model=dataclasses.replace(
+      config.model, split_special_tokens=True))
+  seen.append(identity(split, str(tmp_path / "in.jsonl")))
+  assert seen[0] != seen[1] != seen[2] != seen[3]
   json.dumps(seen)
 
 

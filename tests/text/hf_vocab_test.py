@@ -59,8 +59,51 @@ def test_files_beside_the_config(byte_level_folder, write_tokenizer):
   assert tokenizer.eos_token_id == 1  # tokenizer_config.json wins
   assert tokenizer.eos_token_ids == (1, 2)
   assert tokenizer.chat_template == "d"
+  assert tokenizer.chat_templates == {"rag": "r", "default": "d"}
   (folder / "chat_template.jinja").write_text("file")
-  assert load_tokenizer(folder).chat_template == "file"
+  assert load_tokenizer(folder).chat_templates == {"default": "file"}
+  (folder / "additional_chat_templates").mkdir()
+  (folder / "additional_chat_templates/tool_use.jinja").write_text("tools")
+  assert load_tokenizer(folder).chat_templates == {"default": "file", "tool_use": "tools"}
+
+
+@pytest.mark.parametrize("name", ["<|im_end|>", "<|eot_id|>", "<|eom_id|>", "<end_of_turn>"])
+@pytest.mark.parametrize("special", [True, False])
+def test_the_end_of_a_turn_ends_a_text(byte_level_folder, write_tokenizer, name, special):
+  """Tuned models often name only the end of a text."""
+  backend = tokenizers.Tokenizer.from_file(str(byte_level_folder / "tokenizer.json"))
+  backend.add_tokens([tokenizers.AddedToken(name, special=special)])
+  folder = write_tokenizer(backend, eos_token="</s>")
+  (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": 2}))
+  assert load_tokenizer(folder).eos_token_ids == (1, backend.token_to_id(name), 2)
+
+
+def test_tokens_that_have_a_role_are_special(write_tokenizer):
+  """Whether the file adds them without saying so, or has them in its vocabulary alone."""
+  backend = tokenizers.Tokenizer(models.BPE(
+      vocab={token: i for i, token in enumerate(["</s>", "a", "<", "/", "s", ">", "<pad>"])},
+      merges=[]))
+  backend.decoder = decoders.ByteLevel()
+  backend.add_tokens(["<turn>"])
+  assert load_tokenizer(write_tokenizer(backend)).encode("a</s>") == [1, 2, 3, 4, 5]
+  tokenizer = load_tokenizer(write_tokenizer(backend, eos_token="</s>", mask_token="<turn>",
+                                             pad_token="<no such>"))
+  assert tokenizer.encode("a</s><turn>") == [1, 0, 7]
+  assert tokenizer.special_ids == {0, 7}
+  split = load_tokenizer(write_tokenizer(backend, eos_token="</s>"), split_special_tokens=True)
+  assert split.encode("a</s>") == [1, 2, 3, 4, 5]
+
+
+def test_tokens_that_have_a_role(byte_level_folder, write_tokenizer):
+  backend = tokenizers.Tokenizer.from_file(str(byte_level_folder / "tokenizer.json"))
+  folder = write_tokenizer(
+      backend, bos_token=None, pad_token="<pad>", unk_token={"content": "<unk>", "lstrip": False},
+      add_bos_token=False, image_token="<image>", extra_special_tokens={"boi_token": "<boi>"},
+      additional_special_tokens=["<x>"], tokenizer_class="X")
+  (folder / "special_tokens_map.json").write_text(json.dumps({"mask_token": "<m>"}))
+  assert load_tokenizer(folder).special_tokens == {
+      "pad_token": "<pad>", "unk_token": "<unk>", "image_token": "<image>", "boi_token": "<boi>",
+      "mask_token": "<m>"}
 
 
 @pytest.mark.parametrize(("folder_name", "adds_bos"), [

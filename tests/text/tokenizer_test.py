@@ -71,6 +71,29 @@ def test_a_continuation_keeps_its_space(tokenizer_path):
   assert tokenizer.decode(whole[len(prompt):], is_continuation=True) == " of"
 
 
+def test_an_echoed_prompt_spells_its_special_tokens(tokenizer_path):
+  """As it was written: a BOS that `encode` put before it is no part of it."""
+  tokenizer = load_tokenizer(tokenizer_path)
+  eos = tokenizer.eos_token
+  for prompt in ("the capital", eos, f"{eos}{eos}the", f"the{eos}", f"{tokenizer.bos_token}{eos}"):
+    echoed = tokenizer.encode(prompt)
+    pieces = tokenizer.text_pieces([tokenizer.eos_token_id], echoed)
+    assert len(pieces) == len(echoed) + 1 and pieces[-1] == b""
+    # After a special token the space of the encoder cannot be told from one of the text.
+    assert b"".join(pieces).decode().replace("> the", ">the") == prompt
+  the = tokenizer.encode("the", add_special_tokens=False)
+  joined = b"".join(tokenizer.text_pieces([*the, tokenizer.eos_token_id])).decode()
+  assert joined == tokenizer.decode(the, is_continuation=True)
+
+
+def test_names_of_tokens(tokenizer_path):
+  tokenizer = load_tokenizer(tokenizer_path)
+  assert tokenizer.token_name(tokenizer.eos_token_id).decode() == tokenizer.eos_token != ""
+  the = tokenizer.encode("the", add_special_tokens=False)[0]
+  assert tokenizer.token_name(the) == tokenizer.token_bytes(the)
+  assert tokenizer.token_name(tokenizer.vocab_size) == b""
+
+
 def test_unused_and_negative_ids(tokenizer_path):
   tokenizer = load_tokenizer(tokenizer_path)
   the = tokenizer.encode("the", add_special_tokens=False)
