@@ -16,3 +16,8 @@ _HOME = pathlib.Path(tempfile.gettempdir()) / (
     f"batchjax-tests-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}")
 _HOME.mkdir(mode=0o700, exist_ok=True)
 os.environ["HOME"] = str(_HOME)
+
+
+def pytest_collection_modifyitems(items):
+  """The folders of long tests come first: at the end the workers share out what is short."""
+  items.sort(key=lambda item: item.path.parent.name not in ("e2e", "kernels"))
