@@ -1,4 +1,4 @@
-"""The wheel, not the checkout: built, installed beside the dependencies alone, imported and run."""
+"""What is installed: the checkout where tests run, and the built wheel, which must run by itself."""
 
 import os
 import pathlib
@@ -48,6 +48,13 @@ def python(folder: pathlib.Path, *args) -> str:
                         text=True, check=False)
   assert done.returncode == 0, done.stdout + done.stderr
   return done.stdout
+
+
+def test_processes_in_other_folders_import_this_checkout_or_nothing(tmp_path):
+  origin = python(tmp_path, sys.executable, "-c", "from importlib.util import find_spec as find; "
+                  "print(*(spec.origin for name in ('batchjax', 'pallas_kernels') "
+                  "if (spec := find(name))))").split()
+  assert origin in ([], [str(ROOT / name / "__init__.py") for name in PACKAGES])
 
 
 @pytest.fixture(scope="module")
