@@ -19,5 +19,6 @@ os.environ["HOME"] = str(_HOME)
 
 
 def pytest_collection_modifyitems(items):
-  """The folders of long tests come first: at the end the workers share out what is short."""
-  items.sort(key=lambda item: item.path.parent.name not in ("e2e", "kernels"))
+  """The folders of the longest tests come first: at the end the workers share out what is short."""
+  folder = lambda item: item.path.parent.name
+  items.sort(key=lambda item: ("e2e", "kernels", folder(item)).index(folder(item)))
