@@ -16,3 +16,9 @@ _HOME = pathlib.Path(tempfile.gettempdir()) / (
     f"batchjax-tests-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}")
 _HOME.mkdir(mode=0o700, exist_ok=True)
 os.environ["HOME"] = str(_HOME)
+
+
+def pytest_collection_modifyitems(items):
+  """The folders of the longest tests come first: at the end the workers share out what is short."""
+  folder = lambda item: item.path.parent.name
+  items.sort(key=lambda item: ("e2e", "kernels", folder(item)).index(folder(item)))

@@ -3,6 +3,8 @@
 import collections
 import json
 import multiprocessing
+import os
+import pathlib
 import random
 import time
 
@@ -17,7 +19,10 @@ _PHASE_SECS = {"starting": 0.3, "compiling": 0.8, "running": 0.4, "finishing": 0
 def start(monkeypatch):
   """Starts the slow job in a process of its own, forked where jax is imported already."""
   monkeypatch.setenv("JAX_PLATFORMS", "cpu")
-  monkeypatch.syspath_prepend(fake_job.__file__.rsplit("/", 1)[0])
+  # The fork server preloads from PYTHONPATH only, and passes over what it does not find.
+  folder = pathlib.Path(fake_job.__file__).parent
+  monkeypatch.setenv("PYTHONPATH", os.pathsep.join(
+      (str(folder), str(folder.parents[1]), os.environ.get("PYTHONPATH", ""))))
   context = multiprocessing.get_context("forkserver")
   context.set_forkserver_preload(["fake_job"])
 

@@ -95,6 +95,7 @@ CASES = {
 }
 
 
+@pytest.mark.usefixtures("quick_compiler")
 @pytest.mark.parametrize("window,soft_cap", [(None, None), (6, None), (None, 2.0)])
 @pytest.mark.parametrize("case", CASES)
 def test_equals_float64(case, window, soft_cap):

@@ -18,6 +18,13 @@ NUM_STEPS = 2
 LOOP = specs.Spec("loop", (Node(20, (Row(14), Row(15), Row(16))), Row(40)), 4, 2, 64, 16)
 
 
+@pytest.fixture(autouse=True)
+def two_multiprocessors(monkeypatch):
+  """The interpreter runs one after the other, and of a card's 132 most would idle."""
+  few = gpu.tuned() | {"num_sms": 2}
+  monkeypatch.setattr(gpu, "tuned", lambda device: few)
+
+
 def interpreter(implementation):
   if implementation == "mosaic_gpu":
     if not hasattr(plgpu, "InterpretGPUParams"):
@@ -65,8 +72,6 @@ NEIGHBOURS = specs.Spec("neighbours", (Row(4, 5), Row(7), Node(9, (Row(4), Row(2
 @pytest.mark.parametrize("implementation", spa.IMPLEMENTATIONS)
 def test_nan_in_the_kv_of_some_tokens_is_none_of_the_others(implementation, monkeypatch):
   monkeypatch.setattr(tpu, "_target_kind", lambda: "TPU v6 lite")
-  few = gpu.tuned() | {"num_sms": 2}  # the interpreter runs one after the other
-  monkeypatch.setattr(gpu, "tuned", lambda device: few)
   interpret, case = interpreter(implementation), specs.build(NEIGHBOURS)
   layout, segments = case.layout, case.layout.segments
   schedule = spa.make_schedule(
