@@ -1,7 +1,9 @@
 """Every test runs on the CPU; a TPU compiler that is installed must not look for a TPU."""
 
+import atexit
 import os
 import pathlib
+import shutil
 import tempfile
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -12,9 +14,12 @@ os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 os.environ.setdefault("NPROC", "16")
 # Compiled steps are kept below the home folder: one of this run's own, which its processes share.
 os.environ.setdefault("MPLCONFIGDIR", str(pathlib.Path.home() / ".config" / "matplotlib"))
+_IS_WORKER = "PYTEST_XDIST_WORKER" in os.environ
 _HOME = pathlib.Path(tempfile.gettempdir()) / (
-    f"batchjax-tests-{os.environ.get('PYTEST_XDIST_TESTRUNUID', os.getpid())}")
+    f"batchjax-tests-{os.getppid() if _IS_WORKER else os.getpid()}")
 _HOME.mkdir(mode=0o700, exist_ok=True)
+if not _IS_WORKER:
+  atexit.register(shutil.rmtree, _HOME, ignore_errors=True)
 os.environ["HOME"] = str(_HOME)
 
 
