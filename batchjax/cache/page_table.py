@@ -81,16 +81,17 @@ class PageTable:
     """The pages of `runs`, one list behind the other, and where the list of each run begins.
 
     Returns:
-      The pages, and the starts by run: i64[runs], -1 for those that are not listed.
+      The pages, and the starts by run: i64[runs], their number for those that are not listed.
     """
     held = self.num_held[runs]
-    starts = np.full(len(self.kv_len) + 1, -1)  # the last one is -1, which holds the free pages
+    total = int(held.sum())
+    starts = np.full(len(self.kv_len) + 1, total)  # the last one is -1, which holds the free pages
     starts[runs] = np.cumsum(held) - held
-    start = starts[self._run_of_page]
-    listed = np.flatnonzero(start >= 0)
-    pages = np.empty(len(listed), np.int32)
-    pages[start[listed] + self._index_in_run[listed]] = listed
-    return pages, starts[:-1]
+    place = starts[self._run_of_page]
+    place += self._index_in_run
+    pages = np.empty(total + 1, np.int32)
+    pages[np.minimum(place, total)] = np.arange(self.num_pages, dtype=np.int32)  # others go last
+    return pages[:total], starts[:-1]
 
   def check_integrity(self) -> None:
     """Raises AssertionError unless every page is free or at one place of one run, and all are there."""

@@ -78,6 +78,7 @@ class SamplingTable:
     self._features = features
     self._eos_token_ids = tuple(eos_token_ids)
     self._automata = {} if stop_table is None else stop_table.automaton
+    self._served: set[SamplingFeatures] = set()  # those that were found among `features`
 
     def full(value, dtype, width=()):
       return np.full((max_rows + 1, *width), value, dtype)
@@ -104,9 +105,10 @@ class SamplingTable:
     if not 0 <= slot < len(rows.seed) - 1:
       raise IndexError(f"slot {slot} is not among the {len(rows.seed) - 1} slots of the table")
     needed = _features_of_one(params, self._eos_token_ids)
-    if self._features.union(needed) != self._features:
+    if needed not in self._served and self._features.union(needed) != self._features:
       raise ValueError(f"slot {slot}: the sampling parameters need {needed}, the table was made "
                        f"for {self._features}; build it from the features of all requests")
+    self._served.add(needed)
     if params.stop and params.stop not in self._automata:
       raise ValueError(f"slot {slot}: no automaton for stop={params.stop!r} in the stop table; "
                        "build that from all requests")

@@ -34,10 +34,11 @@ class History:
     self._line[new] = self._take_lines(len(new))
     num_steps, at = int(counts.max()), self.num_tokens[seqs]
     # What is written behind a row's last token is no harm: the next ones go there.
-    where = self._line[seqs][:, None], at[:, None] + np.arange(num_steps)
+    line, step = self._line[seqs], np.arange(num_steps)[:, None]
     for name, values in fields.items():
-      self._reserve(name, int(at.max()) + num_steps, values.shape[2:])[where] = (
-          values[:num_steps].swapaxes(0, 1))
+      kept = self._reserve(name, int(at.max()) + num_steps, values.shape[2:])
+      flat = kept.reshape(kept.shape[0] * kept.shape[1], *kept.shape[2:])
+      flat[line * kept.shape[1] + at + step] = values[:num_steps]
     self.num_tokens[seqs] += counts
 
   def tokens(self, seq: int) -> Int[np.ndarray, "len"]:

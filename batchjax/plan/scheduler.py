@@ -117,8 +117,7 @@ class Scheduler:
     if not self._fill(step):
       if not len(self._decoding):
         return None
-      kind, num_steps = "decode", self._loop_steps()
-      self._pool.grow(self._rows.slot[self._decoding], self._kv_lens(num_steps))
+      kind, num_steps = "decode", self._reserve_loop()
     batch = step.build(kind, num_steps, self._admissions, np.flatnonzero(self._is_open))
     self._admissions = []
     self._num_in_flight += 1
@@ -136,28 +135,32 @@ class Scheduler:
     num_in = np.minimum(rows.num_dispatched[seqs] + num_steps, rows.max_tokens[seqs]) - 1
     return rows.prompt_len[seqs] + num_in - rows.own_start[seqs]
 
-  def _num_missing(self, num_steps: int) -> int:
-    """Pages that decoding rows lack for `num_steps` more tokens."""
-    return int(self._pool.missing(self._rows.slot[self._decoding], self._kv_lens(num_steps)).sum())
+  def _grow_decode(self, num_steps: int) -> bool:
+    """Gives every decoding row room for `num_steps` more tokens, if the pool has it."""
+    slots, kv_lens = self._rows.slot[self._decoding], self._kv_lens(num_steps)
+    if self._pool.missing(slots, kv_lens).sum() > self._pool.num_free:
+      return False
+    self._pool.grow(slots, kv_lens)
+    return True
 
   def _reserve_decode(self) -> bool:
     """Gives every decoding row room for one token, preempting if it must.
 
     Returns False when rows in flight have to come back before anything can be preempted.
     """
-    while self._num_missing(1) > self._pool.num_free:
+    while not self._grow_decode(1):
       if not self._make_room():
         return False
-    self._pool.grow(self._rows.slot[self._decoding], self._kv_lens(1))
     return True
 
-  def _loop_steps(self) -> int:
+  def _reserve_loop(self) -> int:
+    """Gives every decoding row room for a loop; returns its steps."""
     left = self._rows.max_tokens[self._decoding] - self._rows.num_dispatched[self._decoding]
     longest = int(left.max())
     if self._num_waiting:  # free slots soon, but not one by one
       longest = min(longest, max(int(left.min()), self._max_decode_steps // 4))
     steps = min(longest, self._max_decode_steps)
-    while steps > 1 and self._num_missing(steps) > self._pool.num_free:
+    while not self._grow_decode(steps):  # for one step they have room
       steps //= 2
     return steps
 
@@ -217,12 +220,16 @@ class Scheduler:
     else:
       seq, self._next_seq = self._next_seq, self._next_seq + 1
     slot = self._rows.enter_slot(seq)
-    path = self._nodes_above(np.array([seq]))[::-1]
-    self._num_active[path] += 1
-    for node in path[~self._is_open[path]].tolist():
-      self._is_open[node] = True
-      if self._tree.length[node]:
-        self._prefill.append((True, node))
+    node, path = int(self._rows.shared_node[seq]), []
+    while node:
+      path.append(node)
+      node = int(self._tree.parent[node])
+    for node in reversed(path):
+      self._num_active[node] += 1
+      if not self._is_open[node]:
+        self._is_open[node] = True
+        if self._tree.length[node]:
+          self._prefill.append((True, node))
     self._prefill.append((False, seq))
     request = self._requests[self._rows.request[seq]]
     self._admissions.append(Admission(

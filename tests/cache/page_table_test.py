@@ -87,7 +87,7 @@ def test_lists_follow_one_another_in_the_order_asked_for():
   for run in (2, 0, 2, 3):
     table.grow(ints(run), table.kv_len[[run]] + 1)
   pages, starts = table.page_lists(ints(3, 1, 2))
-  assert starts.tolist() == [-1, 1, 1, 0]
+  assert starts.tolist() == [3, 1, 1, 0]
   assert pages.tolist() == [3, 0, 2], "pages are handed out in order"
 
 
