@@ -68,6 +68,8 @@ class PageTable:
 
   def close(self, runs: Int[np.ndarray, "n"]) -> None:
     """Takes the pages of `runs` back."""
+    if not len(runs):
+      return
     closed = np.zeros(len(self.kv_len) + 1, bool)  # the last one is -1, which holds the free pages
     closed[runs] = True
     pages = np.flatnonzero(closed[self._run_of_page])

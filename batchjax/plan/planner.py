@@ -3,6 +3,7 @@
 import collections
 import dataclasses
 import functools
+import math
 import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import Any

@@ -57,7 +57,7 @@ def simulate(scheduler: Scheduler, max_dispatches: int, num_top: int = 0) -> lis
       break
     batch = scheduler.next_batch()
     shapes.append(_shape(batch, scheduler.stats))
-    scheduler.retire(batch, _outputs(batch, num_top))
+    scheduler.retire(batch, outputs_of(batch, num_top))
   return shapes
 
 
@@ -72,7 +72,7 @@ def _shape(batch: Batch, stats: SchedulerStats) -> StepShape:
       used_pages=stats.used_pages, num_slots=max(stats.num_running, batch.num_rows))
 
 
-def _outputs(batch: Batch, num_top: int) -> StepOutputs:
+def outputs_of(batch: Batch, num_top: int) -> StepOutputs:
   """Every row draws token 0 until it has `max_tokens`; all log-probabilities are 0."""
   step = np.arange(batch.num_steps)[:, None]
   left = batch.samples.max_tokens - batch.samples.num_generated

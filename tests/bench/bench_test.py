@@ -260,6 +260,14 @@ def test_script_prints_one_line_with_everything(bench_script, tmp_path):
   assert got["profile"]["kernels"] and 0 <= got["profile"]["idle_share"] < 1
 
 
+def test_script_times_the_host_alone(bench_script):
+  run = bench_script("--workload=random", "--num_requests=12", "--prompt_len=20", "--output_len=9",
+                     "--host_only")
+  assert run.returncode == 0, run.stderr
+  got = json.loads(run.stdout)
+  assert got["plan_secs"] > 0 and got["num_requests"] == 12 and got["dispatches"]["decode"]["count"]
+
+
 def test_script_refuses_flags_of_other_workloads(bench_script):
   run = bench_script("--workload=random", "--share_degree=4")
   assert run.returncode == 1
