@@ -78,6 +78,8 @@ def run(config: ModelConfig, workload: Workload, engine: EngineConfig, chip: Chi
     if batch is None or len(in_flight) > engine.lookahead:
       batch, *secs = in_flight.popleft()
       outputs = simulate.outputs_of(batch, features.num_top_logprobs)
+      if not features.logprobs:
+        outputs = outputs._replace(logprobs=None, top_token_ids=None, top_logprobs=None)
       start = clock()
       scheduler.retire(batch, outputs)
       secs.append(clock() - start)

@@ -99,7 +99,7 @@ class PageTable:
     """Raises AssertionError unless every page is free or at one place of one run, and all are there."""
     free = self._free[:self.num_free]
     assert len(np.unique(free)) == len(free), "a page is free twice"
-    assert (np.sort(free) == np.flatnonzero(self._run_of_page < 0)).all(), "a free page is held"
+    assert np.array_equal(np.sort(free), np.flatnonzero(self._run_of_page < 0)), "a free page is held"
     held = np.flatnonzero(self._run_of_page >= 0)
     run, index = self._run_of_page[held], self._index_in_run[held]
     assert (np.bincount(run, minlength=len(self.num_held)) == self.num_held).all(), "pages miscounted"

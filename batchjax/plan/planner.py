@@ -299,9 +299,6 @@ def cached_tokens(requests: Sequence[Request], engine: EngineConfig) -> np.ndarr
     return np.zeros(len(requests), np.int64)
   tree = grouping.choose_nodes(build_prefix_tree(prompts, samples), prompt_lens, samples,
                                engine.max_levels, _NODE_OVERHEAD_TOKENS)
-  owner = np.full(tree.num_nodes, len(requests), np.int64)
-  np.minimum.at(owner, tree.node_of_request, np.arange(len(requests)))
-  for node in range(tree.num_nodes - 1, 0, -1):  # preorder: children come after their parent
-    owner[tree.parent[node]] = min(owner[tree.parent[node]], owner[node])
+  owner = order.lowest_request(tree)
   computed = np.bincount(owner[1:], tree.length[1:], len(requests))
   return prompt_lens - computed.astype(np.int64)
