@@ -36,6 +36,7 @@ class PageTable:
     self._free = np.arange(num_pages - 1, -1, -1)  # a stack, top at the end
     self._run_of_page = np.full(num_pages, -1)  # -1: free
     self._index_in_run = np.zeros(num_pages, np.int64)
+    self._place = np.empty(num_pages, np.int64)  # of `page_lists`: fresh memory would cost most of its time
 
   @property
   def free_pages(self) -> list[int]:
@@ -89,10 +90,12 @@ class PageTable:
     total = int(held.sum())
     starts = np.full(len(self.kv_len) + 1, total)  # the last one is -1, which holds the free pages
     starts[runs] = np.cumsum(held) - held
-    place = starts[self._run_of_page]
-    place += self._index_in_run
+    place = self._place
+    np.take(starts, self._run_of_page, out=place, mode="wrap")
+    np.add(place, self._index_in_run, out=place)
+    np.minimum(place, total, out=place)  # pages that are not listed go behind the others
     pages = np.empty(total + 1, np.int32)
-    pages[np.minimum(place, total)] = np.arange(self.num_pages, dtype=np.int32)  # others go last
+    pages[place] = np.arange(self.num_pages, dtype=np.int32)
     return pages[:total], starts[:-1]
 
   def check_integrity(self) -> None:

@@ -78,6 +78,7 @@ class SamplingTable:
     self._features = features
     self._eos_token_ids = tuple(eos_token_ids)
     self._automata = {} if stop_table is None else stop_table.automaton
+    self._gathered: tuple[np.ndarray, SamplingInputs] | None = None  # what was last asked for
     self._served: set[SamplingFeatures] = set()  # those that were found among `features`
 
     def full(value, dtype, width=()):
@@ -101,7 +102,7 @@ class SamplingTable:
       ValueError: `params` need more than the table's features, or stop
         strings that the stop table lacks.
     """
-    rows = self.rows
+    rows, self._gathered = self.rows, None
     if not 0 <= slot < len(rows.seed) - 1:
       raise IndexError(f"slot {slot} is not among the {len(rows.seed) - 1} slots of the table")
     needed = _features_of_one(params, self._eos_token_ids)
@@ -125,8 +126,13 @@ class SamplingTable:
     rows.automaton[slot] = self._automata[params.stop] if params.stop else -1
 
   def gather(self, slots: np.ndarray) -> SamplingInputs:
-    """The settings of the rows in `slots` (i32[R], -1 is padding), in fresh arrays."""
-    return SamplingInputs(*(field[slots] for field in self.rows))
+    """The settings of the rows in `slots` (i32[R], -1 is padding), in arrays that stay as they are.
+
+    A decode loop that continues the last one gets the same arrays again.
+    """
+    if self._gathered is None or not np.array_equal(self._gathered[0], slots):
+      self._gathered = slots, SamplingInputs(*(field[slots] for field in self.rows))
+    return self._gathered[1]
 
 
 def pack_sampling(params: Sequence[SamplingParams], sample_indices: Sequence[int] | np.ndarray,

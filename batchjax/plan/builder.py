@@ -124,20 +124,19 @@ class BatchBuilder:
       open_nodes: shared nodes that have a run, ascending.
     """
     rows, tree, pool, decoding = self._rows, self._tree, self._pool, self._decoding
-    chunks = np.array(self._chunks, np.int64).reshape(-1, 9).T
-    pool.grow(chunks[8], chunks[7])
-
-    slots = rows.slot[decoding]
     position = rows.prompt_len[decoding] + rows.num_dispatched[decoding] - 1
-    own_start = rows.own_start[decoding]
+    slots, own_start = rows.slot[decoding], rows.own_start[decoding]
     one = np.ones(len(decoding), np.int64)
-    columns = np.hstack([np.stack([rows.node[decoding], decoding, slots, position, one, 0 * one,
-                                   own_start, position + 1 - own_start, slots]), chunks])
-    # Depth-first order: a node's own tokens come before the rows at its end and below it.
-    order = np.argsort(columns[0] * (len(rows) + 1) + columns[1], kind="stable")
-    columns = columns[:, order]
-    place = np.empty_like(order)
-    place[order] = np.arange(len(order))  # of decoding rows, then of chunks
+    columns = np.stack([rows.node[decoding], decoding, slots, position, one, 0 * one, own_start,
+                        position + 1 - own_start, slots])
+    place = np.arange(len(decoding) + len(self._chunks))  # of decoding rows, then of chunks
+    chunks = np.array(self._chunks, np.int64).reshape(-1, 9).T
+    if self._chunks:
+      pool.grow(chunks[8], chunks[7])
+      columns = np.hstack([columns, chunks])
+      # Depth-first order: a node's own tokens come before the rows at its end and below it.
+      order = np.argsort(columns[0] * (len(rows) + 1) + columns[1], kind="stable")
+      columns, place[order] = columns[:, order], place.copy()
 
     nodes = open_nodes[pool.kv_len[self._num_slots + open_nodes] > 0]
     first_entry = np.searchsorted(columns[0], nodes)

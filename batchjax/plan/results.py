@@ -47,14 +47,15 @@ class Results:
     """Keeps the results of a step; returns the rows that end with it, in order."""
     self._add_scores(batch, outputs)
     # What a row is found to have ended with is known; later steps that were in flight drew nothing.
-    here = np.flatnonzero(self._finish[batch.samples.seq] == 0)
+    is_going = self._finish[batch.samples.seq] == 0
+    here = slice(len(is_going)) if is_going.all() else np.flatnonzero(is_going)
     seqs, columns = batch.samples.seq[here], {}
     for name in ("tokens", "logprobs", "top_token_ids", "top_logprobs"):
       if (values := getattr(outputs, name)) is not None:
         columns[name] = np.asarray(values)[:, here]
     counts = (columns["tokens"] >= 0).sum(axis=0)
     self.history.append(seqs, counts, **columns)
-    finish = np.asarray(outputs.finish)[counts - 1, here]
+    finish = np.asarray(outputs.finish)[:, here][counts - 1, np.arange(len(seqs))]
     self._finish[seqs] = np.where(self._rows.max_tokens[seqs] > 0, finish, 3)
     return seqs[self._finish[seqs] > 0]
 
