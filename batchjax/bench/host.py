@@ -62,8 +62,9 @@ def run(config: ModelConfig, workload: Workload, engine: EngineConfig, chip: Chi
   features = SamplingFeatures.of((r.sampling_params for r in requests), config.eos_token_ids)
   max_rows = max(bucket.num_rows for bucket in plan.buckets)
   table = SamplingTable(max_rows, features, config.eos_token_ids)
-  scheduler = planner.make_scheduler(requests, plan, engine, max_rows,
-                                     max(bucket.num_tokens for bucket in plan.buckets), None)
+  max_step_tokens = max(bucket.num_tokens for bucket in plan.buckets)
+  scheduler = planner.make_scheduler(requests, plan, engine, min(max_rows, engine.max_rows),
+                                     min(max_step_tokens, engine.max_step_tokens), None)
   in_flight, times = collections.deque(), collections.defaultdict(list)
   while not scheduler.finished:
     start = clock()
