@@ -7,7 +7,8 @@
 `batchjax/bench/workloads.py` says what the workloads and their flags are, `Figures` of
 `batchjax/bench/bench.py` what the figures mean. Any field of the configuration can be set:
 --config.engine.share_prefixes=False. With --profile=DIR, two seconds of the run are
-traced, and where device time went is in the line too.
+traced, and where device time went is in the line too. With --host_only nothing runs on a device and
+no weights are loaded: the line has the CPU time of planning and of the host's part of a dispatch.
 """
 
 import dataclasses
@@ -20,12 +21,13 @@ from absl import flags
 import jax
 from ml_collections import config_flags
 
-from batchjax.bench import bench, roofline, trace, workload_flags
+from batchjax.bench import bench, host, roofline, trace, workload_flags
 from batchjax.bench.workloads import Draw, WORKLOADS
 from batchjax.config import ConfigError, from_config_dict, JobConfig
+from batchjax.engine.device import chip_of
 from batchjax.jobs.run import configure_jax
 from batchjax.types import SamplingParams
-from batchjax.weights import load_model, WeightError
+from batchjax.weights import load_config, load_model, WeightError
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.")
 _WORKLOAD = workload_flags.define()
@@ -36,6 +38,7 @@ _TOP_K = flags.DEFINE_integer("top_k", -1, "Of all requests; -1 keeps all.")
 _REPEAT = flags.DEFINE_integer("repeat", 1, "Runs; a line of JSON each.", lower_bound=1)
 _CEILINGS = flags.DEFINE_bool("measure_ceilings", False, "Measure what the device can do, and "
                               "report the floor that follows.")
+_HOST_ONLY = flags.DEFINE_bool("host_only", False, "Time the host alone.")
 _PROFILE = flags.DEFINE_string("profile", None, "Folder for a trace of the last run.")
 _PROFILE_AFTER = flags.DEFINE_float("profile_after_secs", 2.0, "When the trace begins.")
 _PROFILE_SECS = flags.DEFINE_float("profile_secs", 2.0, "How long it lasts.")
@@ -48,14 +51,21 @@ def main(argv: list[str]) -> int:
   sampling = {"temperature": _TEMPERATURE.value, "top_p": _TOP_P.value, "top_k": _TOP_K.value}
   try:
     config = from_config_dict(JobConfig, _CONFIG.value.to_dict())
+    draw = lambda vocab_size: WORKLOADS[_WORKLOAD.value](
+        Draw(vocab_size, _SEED.value, SamplingParams(**sampling)), **sizes)
+    if _HOST_ONLY.value:
+      model_config = load_config(config.model)
+      figures = host.run(model_config, draw(model_config.vocab_size), config.engine,
+                         chip_of(jax.devices()[0]))
+      print(bench.to_json({"workload": _WORKLOAD.value, **sizes, **dataclasses.asdict(figures)}))
+      return 0
     configure_jax()
     ceilings = roofline.measure_ceilings(config.model.dtype) if _CEILINGS.value else None
     start = time.perf_counter()
     model = load_model(config.model)
     jax.block_until_ready(model.params)
     load_secs = time.perf_counter() - start
-    workload = WORKLOADS[_WORKLOAD.value](
-        Draw(model.config.vocab_size, _SEED.value, SamplingParams(**sampling)), **sizes)
+    workload = draw(model.config.vocab_size)
     for number in range(_REPEAT.value):
       line = {"model": (config.model.name or config.model.shape
                         or os.path.basename(config.model.path)),

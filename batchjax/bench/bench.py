@@ -214,7 +214,7 @@ def _step(event: StepEvent, config: ModelConfig, ceilings: Chip | None) -> _Step
   batch, stats = event.batch, event.stats
   is_decode = batch.kind == "decode"
   return _Step(
-      kind=batch.kind, num_steps=batch.num_steps, num_rows=len(batch.samples),
+      kind=batch.kind, num_steps=batch.num_steps, num_rows=batch.num_rows,
       useful_tokens=event.generated_tokens if is_decode else batch.num_tokens,
       launched_tokens=event.bucket.num_tokens * batch.num_steps,
       prompt_tokens=batch.num_prompt_tokens, generated_tokens=event.generated_tokens,

@@ -21,33 +21,28 @@ def dispatch_floor_secs(batch: Batch, config: ModelConfig, chip: Chip) -> float:
   windows are taken as full attention. Rows of a decode loop leave at their `max_tokens`, whatever
   stopped them before.
   """
-  column = lambda name: np.array([getattr(entry, name) for entry in batch.entries], np.int64)
-  lens, nodes = column("num_tokens"), column("node")
-  is_row = column("seq") >= 0
-  kv_start, kv_len = column("kv_start"), np.where(is_row, column("kv_len"), 0)
-  starts = np.append(0, np.cumsum(lens))
-  which = np.repeat(np.arange(len(lens)), lens)
-  positions = column("first_position")[which] + np.arange(starts[-1]) - starts[which]
+  entries, shared, starts = batch.entries, batch.shared, batch.entries.offsets
+  kv_len = np.where(entries.seq >= 0, entries.kv_len, 0)
+  which = np.repeat(np.arange(len(kv_len)), entries.num_tokens)
+  positions = entries.first_position[which] + np.arange(starts[-1]) - starts[which]
   visible = np.zeros(len(positions), np.int64)  # KV tokens of shared nodes that each token sees
-  first = starts[np.searchsorted(nodes, [s.node for s in batch.shared])]
-  end = starts[np.searchsorted(nodes, [s.subtree_end for s in batch.shared])]
-  for low, high, shared in zip(first, end, batch.shared):
-    visible[low:high] += np.clip(positions[low:high] + 1 - shared.kv_start, 0, shared.kv_len)
-  shared_len = np.array([s.kv_len for s in batch.shared], np.int64)
-  left = np.full(len(lens), 1)
+  first, end = starts[shared.first_entry], starts[shared.end_entry]
+  for low, high, kv_start, shared_len in zip(first, end, shared.kv_start, shared.kv_len):
+    visible[low:high] += np.clip(positions[low:high] + 1 - kv_start, 0, shared_len)
+  left = np.ones(len(kv_len), np.int64)
   if batch.kind == "decode":  # row r is token r
-    left = np.array([s.row.max_tokens - s.num_generated for s in batch.samples])
+    left = batch.samples.max_tokens - batch.samples.num_generated
   secs = 0.0
   for i in range(batch.num_steps):
     runs = left > i
     tokens = runs[which]
     before = np.append(0, np.cumsum(tokens))
     own = np.where(kv_len > 0, kv_len + i, 0)
-    seen = np.clip(positions + 1 + i - kv_start[which], 0, own[which])
+    seen = np.clip(positions + 1 + i - entries.kv_start[which], 0, own[which])
     secs += step_cost(
         config, chip, num_tokens=int(before[-1]),
-        num_sampled=int(runs.sum()) if batch.kind == "decode" else len(batch.samples),
-        kv_read_tokens=int(own[runs].sum() + shared_len[before[end] > before[first]].sum()),
+        num_sampled=int(runs.sum()) if batch.kind == "decode" else batch.num_rows,
+        kv_read_tokens=int(own[runs].sum() + shared.kv_len[before[end] > before[first]].sum()),
         attn_pairs=int((seen + visible)[tokens].sum())).secs if before[-1] else 0.0
   return secs
 

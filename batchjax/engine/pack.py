@@ -22,82 +22,59 @@ def pack(batch: Batch, bucket: Bucket, table: SamplingTable, *, page_size: int,
   Raises:
     ValueError: the batch does not fit the bucket.
   """
-  entries = batch.entries
-  lens = np.array([entry.num_tokens for entry in entries], np.int64)
-  starts = np.concatenate([[0], np.cumsum(lens)])
-  num_tokens = int(starts[-1])
-  own = [i for i, entry in enumerate(entries) if entry.seq >= 0 and entry.kv_len > 0]
-  sizes = dict(num_tokens=num_tokens, num_rows=len(batch.samples),
-               num_segments=len(own) + len(batch.shared))
+  entries, shared, samples, page_indices = batch.entries, batch.shared, batch.samples, batch.page_indices
+  own = np.flatnonzero((entries.seq >= 0) & (entries.kv_len > 0))
+  sizes = dict(num_tokens=batch.num_tokens, num_rows=batch.num_rows,
+               num_segments=len(own) + len(shared.kv_len), num_page_indices=len(page_indices))
   for name, size in sizes.items():
     if size > getattr(bucket, name):
       raise ValueError(f"{name}={size} exceeds that of {bucket}")
 
-  which = np.repeat(np.arange(len(entries)), lens)
-  offset = np.arange(num_tokens) - starts[which]
-  column = lambda name: np.array([getattr(entry, name) for entry in entries], np.int64)
-  first, kv_start = column("first_position"), column("kv_start")
-  positions = first[which] + offset
-  tokens = np.concatenate([np.array([-1], np.int32) if entry.tokens is None else entry.tokens
-                           for entry in entries] or [np.empty(0, np.int32)])
+  offsets = entries.offsets
+  which = np.repeat(np.arange(len(entries.seq)), entries.num_tokens)
+  offset = np.arange(batch.num_tokens) - offsets[which]
+  positions = entries.first_position[which] + offset
+  write_slots = np.full(batch.num_tokens, -1)
+  written = np.flatnonzero(offset >= entries.num_requeried[which])
+  run = which[written]
+  in_run = positions[written] - entries.kv_start[run]
+  page = page_indices[entries.page_start[run] + in_run // page_size]
+  write_slots[written] = page * page_size + in_run % page_size
 
-  # One page list: the runs that entries write to, then the shared ones that they only read.
-  # No page stands in it twice, so the pool's size bounds it.
-  run_of_node = {entry.node: i for i, entry in enumerate(entries) if entry.seq < 0}
-  runs = [entry.pages for entry in entries]
-  for shared in batch.shared:
-    if shared.node not in run_of_node:
-      run_of_node[shared.node] = len(runs)
-      runs.append(shared.pages)
-  run_starts = np.concatenate([[0], np.cumsum([len(pages) for pages in runs])])
-  page_list = np.concatenate(runs) if runs else np.empty(0, np.int32)
-  if len(page_list) > bucket.num_page_indices:
-    raise ValueError(f"num_page_indices={len(page_list)} exceeds that of {bucket}")
-  written = offset >= column("num_requeried")[which]
-  in_run = positions - kv_start[which]
-  page = page_list[np.where(written, run_starts[which] + in_run // page_size, 0)] \
-      if len(page_list) else np.zeros(num_tokens, np.int64)
-  write_slots = np.where(written, page * page_size + in_run % page_size, -1)
-
-  nodes = column("node")
-  segments = [(starts[i], lens[i], entries[i].kv_start, entries[i].kv_len, run_starts[i])
-              for i in own]
-  for shared in batch.shared:
-    low, high = np.searchsorted(nodes, (shared.node, shared.subtree_end))
-    segments.append((starts[low], starts[high] - starts[low], shared.kv_start, shared.kv_len,
-                     run_starts[run_of_node[shared.node]]))
-  fields = np.zeros((5, bucket.num_segments), np.int32)
-  if segments:
-    fields[:, :len(segments)] = np.array(segments).T
-
-  samples = batch.samples
-  place = {(entry.node, entry.seq): i for i, entry in enumerate(entries)}
-  drawn_from = np.array([place[sample.node, sample.seq] for sample in samples], np.int64)
-  segment_of = np.full(len(entries), -1, np.int64)
+  # Own segments, then those of shared nodes.
+  segments = np.zeros((5, bucket.num_segments), np.int32)
+  segments[:, :len(own)] = (offsets[own], entries.num_tokens[own], entries.kv_start[own],
+                            entries.kv_len[own], entries.page_start[own])
+  q_start = offsets[shared.first_entry]
+  segments[:, len(own):sizes["num_segments"]] = (
+      q_start, offsets[shared.end_entry] - q_start, shared.kv_start, shared.kv_len,
+      shared.page_start)
+  segment_of = np.full(len(entries.seq), -1)
   segment_of[own] = np.arange(len(own))
-  slots = np.array([sample.slot for sample in samples], np.int32)
+
+  slots = _pad(samples.slot, bucket.num_rows, -1)
   return StepInputs(
-      tokens=_pad(tokens, bucket.num_tokens, -1),
+      tokens=_pad(batch.tokens, bucket.num_tokens, -1),
       positions=_pad(positions, bucket.num_tokens, -1),
-      token_slots=_pad(column("slot")[which], bucket.num_tokens, -1),
+      token_slots=_pad(entries.slot[which], bucket.num_tokens, -1),
       write_slots=_pad(write_slots, bucket.num_tokens, -1),
-      segments=Segments(*fields),
-      page_indices=_pad(page_list, bucket.num_page_indices, 0),
-      sample_tokens=_pad(starts[drawn_from + 1] - 1, bucket.num_rows, -1),
-      slots=_pad(slots, bucket.num_rows, -1),
-      own_segments=_pad(segment_of[drawn_from], bucket.num_rows, -1),
-      is_first=_pad(np.array([s.is_first for s in samples], bool), bucket.num_rows, False),
-      stop_states=_pad(np.array([s.stop_state for s in samples], np.int32), bucket.num_rows, 0),
-      num_generated=_pad(np.array([s.num_generated for s in samples]), bucket.num_rows, 0),
-      sampling=table.gather(_pad(slots, bucket.num_rows, -1)),
+      segments=Segments(*segments),
+      page_indices=_pad(page_indices, bucket.num_page_indices, 0),
+      sample_tokens=_pad(offsets[samples.entry + 1] - 1, bucket.num_rows, -1),
+      slots=slots,
+      own_segments=_pad(segment_of[samples.entry], bucket.num_rows, -1),
+      is_first=_pad(samples.is_first, bucket.num_rows, False),
+      stop_states=_pad(samples.stop_state, bucket.num_rows, 0),
+      num_generated=_pad(samples.num_generated, bucket.num_rows, 0),
+      sampling=table.gather(slots),
       next_tokens=_next_tokens(batch, bucket) if prompt_logprobs else None)
 
 
 def _next_tokens(batch: Batch, bucket: Bucket) -> np.ndarray:
   next_tokens = np.full(bucket.num_tokens, -1, np.int32)
-  place = batch.entry_starts
+  offsets = batch.entries.offsets
   for score in batch.prompt_scores:
-    first = place[score.entry_node, score.entry_seq] + score.first
+    first = offsets[score.entry]
     next_tokens[first:first + len(score.next_tokens)] = score.next_tokens
   return next_tokens
 

@@ -78,6 +78,8 @@ class SamplingTable:
     self._features = features
     self._eos_token_ids = tuple(eos_token_ids)
     self._automata = {} if stop_table is None else stop_table.automaton
+    self._gathered: tuple[np.ndarray, SamplingInputs] | None = None  # what was last asked for
+    self._served: set[SamplingFeatures] = set()  # those that were found among `features`
 
     def full(value, dtype, width=()):
       return np.full((max_rows + 1, *width), value, dtype)
@@ -100,13 +102,14 @@ class SamplingTable:
       ValueError: `params` need more than the table's features, or stop
         strings that the stop table lacks.
     """
-    rows = self.rows
+    rows, self._gathered = self.rows, None
     if not 0 <= slot < len(rows.seed) - 1:
       raise IndexError(f"slot {slot} is not among the {len(rows.seed) - 1} slots of the table")
     needed = _features_of_one(params, self._eos_token_ids)
-    if self._features.union(needed) != self._features:
+    if needed not in self._served and self._features.union(needed) != self._features:
       raise ValueError(f"slot {slot}: the sampling parameters need {needed}, the table was made "
                        f"for {self._features}; build it from the features of all requests")
+    self._served.add(needed)
     if params.stop and params.stop not in self._automata:
       raise ValueError(f"slot {slot}: no automaton for stop={params.stop!r} in the stop table; "
                        "build that from all requests")
@@ -123,8 +126,13 @@ class SamplingTable:
     rows.automaton[slot] = self._automata[params.stop] if params.stop else -1
 
   def gather(self, slots: np.ndarray) -> SamplingInputs:
-    """The settings of the rows in `slots` (i32[R], -1 is padding), in fresh arrays."""
-    return SamplingInputs(*(field[slots] for field in self.rows))
+    """The settings of the rows in `slots` (i32[R], -1 is padding), in arrays that stay as they are.
+
+    A decode loop that continues the last one gets the same arrays again.
+    """
+    if self._gathered is None or not np.array_equal(self._gathered[0], slots):
+      self._gathered = slots, SamplingInputs(*(field[slots] for field in self.rows))
+    return self._gathered[1]
 
 
 def pack_sampling(params: Sequence[SamplingParams], sample_indices: Sequence[int] | np.ndarray,

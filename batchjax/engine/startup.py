@@ -38,8 +38,7 @@ def warm_up(steps: Steps, buckets: Sequence[Bucket], params: Any, stop_transitio
     The state, as it was; CPUs have nothing to load.
   """
   for bucket in buckets if jax.default_backend() != "cpu" else ():
-    batch = Batch(bucket.kind, (), (), (), (), (), num_steps=1, num_tokens=0, num_prompt_tokens=0)
-    inputs = pack(batch, bucket, table, page_size=page_size,
+    inputs = pack(Batch.empty(bucket.kind), bucket, table, page_size=page_size,
                   prompt_logprobs=features.prompt_logprobs)
     count = (np.int32(1),) if bucket.kind == "decode" else ()
     _, state = steps[bucket](params, stop_transitions, state, *jax.device_put((inputs, *count)))

@@ -1,72 +1,80 @@
-"""What one step computes, as the scheduler hands it to `pack`: complete, host side."""
+"""What one step computes, as the scheduler hands it to `pack`: arrays, complete, host side."""
 
 import dataclasses
-from typing import Any, Literal, NamedTuple
+from typing import Literal, NamedTuple
 
+from jaxtyping import Bool, Int
 import numpy as np
 
 from batchjax.types import SamplingParams
 
 
-class Entry(NamedTuple):
-  """Consecutive tokens of one shared node or one row.
+@dataclasses.dataclass(frozen=True)
+class Entries:
+  """Consecutive tokens of one shared node or one row each, in depth-first order of the tree.
 
-  Attributes:
-    node: tree node that the tokens belong to or hang below; with `seq` the
-      order on the flat token axis, which is a depth-first walk of the tree.
-    seq: order of the row within the job window; -1 for a shared node's own tokens.
+  Attributes (i64[entries] each):
+    seq: the row's place in the order of the window; -1 for a shared node's own tokens.
     slot: device slot of the row; -1 for a shared node's own tokens.
     first_position: absolute position of the first token.
-    tokens: i32[], or None for one token that the device drew last.
+    num_tokens: length on the flat token axis.
     num_requeried: leading tokens whose KV is in the pool already.
-    kv_start, kv_len, pages: the run that the tokens are written to, after this step.
+    kv_start, kv_len: the run that the tokens are written to, after this step.
+    page_start: where its pages begin in the batch's `page_indices`.
   """
 
-  node: int
-  seq: int
-  slot: int
-  first_position: int
-  tokens: np.ndarray | None
-  num_requeried: int
-  kv_start: int
-  kv_len: int
-  pages: np.ndarray
+  seq: Int[np.ndarray, "entries"]
+  slot: Int[np.ndarray, "entries"]
+  first_position: Int[np.ndarray, "entries"]
+  num_tokens: Int[np.ndarray, "entries"]
+  num_requeried: Int[np.ndarray, "entries"]
+  kv_start: Int[np.ndarray, "entries"]
+  kv_len: Int[np.ndarray, "entries"]
+  page_start: Int[np.ndarray, "entries"]
 
   @property
-  def num_tokens(self) -> int:
-    """Length on the flat token axis."""
-    return 1 if self.tokens is None else len(self.tokens)
+  def offsets(self) -> Int[np.ndarray, "_"]:
+    """Flat index of each entry's first token, and the number of tokens behind them."""
+    return np.concatenate([[0], np.cumsum(self.num_tokens)])
 
 
-class SharedKV(NamedTuple):
-  """The resident KV of a shared node that some entries attend to."""
+@dataclasses.dataclass(frozen=True)
+class SharedKV:
+  """The resident KV of shared nodes that some entries attend to.
 
-  node: int
-  subtree_end: int
-  kv_start: int
-  kv_len: int
-  pages: np.ndarray
+  Attributes (i64[nodes] each):
+    first_entry, end_entry: the entries below the node, its own tokens included.
+    kv_start, kv_len: its run.
+    page_start: where its pages begin in the batch's `page_indices`.
+  """
+
+  first_entry: Int[np.ndarray, "nodes"]
+  end_entry: Int[np.ndarray, "nodes"]
+  kv_start: Int[np.ndarray, "nodes"]
+  kv_len: Int[np.ndarray, "nodes"]
+  page_start: Int[np.ndarray, "nodes"]
 
 
-class Sample(NamedTuple):
-  """One row that draws a token.
+@dataclasses.dataclass(frozen=True)
+class Samples:
+  """Rows that draw a token, in the order of the window; in a decode loop row r is entry r.
 
-  Attributes:
-    row: the scheduler's row.
-    slot: its device slot.
-    node, seq: the entry whose last token's logits it draws from.
+  Attributes (i64[rows] where nothing is said):
+    seq: the row's place in the order of the window; slot: its device slot.
+    entry: the entry whose last token's logits it draws from.
     num_generated: tokens generated before this step.
-    is_first: first draw since the row entered its slot.
+    max_tokens: most tokens to generate.
+    is_first: bool[rows], first draw since the row entered its slot.
     stop_state: stop automaton state on entry.
   """
 
-  row: Any
-  slot: int
-  node: int
-  seq: int
-  num_generated: int
-  is_first: bool
-  stop_state: int
+  seq: Int[np.ndarray, "rows"]
+  slot: Int[np.ndarray, "rows"]
+  entry: Int[np.ndarray, "rows"]
+  num_generated: Int[np.ndarray, "rows"]
+  max_tokens: Int[np.ndarray, "rows"]
+  is_first: Bool[np.ndarray, "rows"]
+  stop_state: Int[np.ndarray, "rows"]
 
 
 class Admission(NamedTuple):
@@ -81,21 +89,18 @@ class Admission(NamedTuple):
 
 
 class PromptScore(NamedTuple):
-  """Prompt tokens whose log-probabilities this step computes.
+  """Prompt tokens whose log-probabilities an entry computes: those behind each of its tokens.
 
   Attributes:
     node: tree node that the log-probabilities belong to.
     offset: of the first one within the node.
-    entry_node, entry_seq: the entry that computes them.
-    first: index within the entry of the token that precedes the first scored one.
+    entry: the entry that computes them.
     next_tokens: i32[], the scored tokens.
   """
 
   node: int
   offset: int
-  entry_node: int
-  entry_seq: int
-  first: int
+  entry: int
   next_tokens: np.ndarray
 
 
@@ -106,28 +111,41 @@ class Batch:
   Attributes:
     kind: "mixed" (one forward over decode rows and prefill chunks) or "decode"
       (a device loop of `num_steps` over decode rows).
-    entries: in depth-first order of the tree.
+    entries: what is computed.
+    tokens: i32[T], of all entries; -1 is one that the device drew last.
     shared: resident shared nodes that entries attend to.
     samples: rows that draw a token.
+    page_indices: i32[], the pages of all runs; none stands in it twice.
     admissions: rows that enter a slot in this step.
     prompt_scores: prompt log-probabilities to collect.
     num_steps: iterations of the decode loop; 1 for a mixed step.
-    num_tokens: tokens of all entries.
-    num_prompt_tokens: of which prompt tokens, recomputed ones included.
+    num_prompt_tokens: prompt tokens among `tokens`, recomputed ones included.
   """
 
   kind: Literal["mixed", "decode"]
-  entries: tuple[Entry, ...]
-  shared: tuple[SharedKV, ...]
-  samples: tuple[Sample, ...]
+  entries: Entries
+  tokens: Int[np.ndarray, "T"]
+  shared: SharedKV
+  samples: Samples
+  page_indices: Int[np.ndarray, "pages"]
   admissions: tuple[Admission, ...]
   prompt_scores: tuple[PromptScore, ...]
   num_steps: int
-  num_tokens: int
   num_prompt_tokens: int
 
+  @classmethod
+  def empty(cls, kind: Literal["mixed", "decode"]) -> "Batch":
+    """A step with nothing in it."""
+    none = np.empty(0, np.int64)
+    return cls(kind, Entries(*[none] * 8), none, SharedKV(*[none] * 5),
+               Samples(*[none] * 5, is_first=none.astype(bool), stop_state=none), none, (), (), 1, 0)
+
   @property
-  def entry_starts(self) -> dict[tuple[int, int], int]:
-    """Flat index of the first token of each entry, by (node, seq)."""
-    starts = np.cumsum([0] + [entry.num_tokens for entry in self.entries]).tolist()
-    return {(entry.node, entry.seq): start for entry, start in zip(self.entries, starts)}
+  def num_tokens(self) -> int:
+    """Tokens of one iteration."""
+    return len(self.tokens)
+
+  @property
+  def num_rows(self) -> int:
+    """Rows that draw a token."""
+    return len(self.samples.seq)

@@ -1,133 +1,189 @@
-"""Collects the entries of one step; numpy only."""
+"""Collects the work of one step; numpy only."""
 
 from collections.abc import Sequence
 
 import numpy as np
 
-from batchjax.cache.page_table import PageTable, Run
-from batchjax.plan.batch import Admission, Batch, Entry, PromptScore, Sample, SharedKV
+from batchjax.cache.page_table import pages_for, PageTable
+from batchjax.plan.batch import Admission, Batch, Entries, PromptScore, Samples, SharedKV
+from batchjax.plan.history import History
 from batchjax.plan.prefix_tree import PrefixTree
-from batchjax.plan.row import Row
+from batchjax.plan.rows import Rows
 from batchjax.types import Request, StopTable
-
-_NO_PAGES = np.empty(0, np.int32)
 
 
 class BatchBuilder:
-  """A batch in the making. Adds tokens as long as the token budget and the pool allow."""
+  """A batch in the making: all decoding rows, and prefill chunks as long as tokens and pages last.
 
-  def __init__(self, requests: Sequence[Request], tree: PrefixTree, pool: PageTable,
-               node_run: dict[int, Run], *, budget: int, num_steps: int, scores: bool,
+  Rows write to the run of their slot, node v to run `num_slots + v`.
+  """
+
+  def __init__(self, requests: Sequence[Request], tree: PrefixTree, rows: Rows, pool: PageTable,
+               history: History, decoding: np.ndarray, *, budget: int, scores: bool,
                stop_table: StopTable | None):
-    self._requests, self._tree, self._pool, self._node_run = requests, tree, pool, node_run
-    self._num_steps, self._scores, self._stop_table = num_steps, scores, stop_table
-    self._budget = budget
-    self._entries: list[Entry] = []
-    self._samples: list[Sample] = []
-    self._prompt_scores: list[PromptScore] = []
-    self._completed: set[int] = set()  # shared nodes whose last token is in this step
+    """Args:
+      decoding: rows whose next token comes from their last one, in order; their runs have room.
+      budget: tokens of the step.
+      scores: prompts are scored.
+    """
+    self._requests, self._tree, self._rows, self._pool = requests, tree, rows, pool
+    self._history, self._decoding = history, decoding
+    self._scores, self._stop_table = scores, stop_table
+    self._num_slots = len(rows.seq_of_slot)
+    self._budget = budget - len(decoding)
+    self._num_free_pages = pool.num_free
+    # Of each chunk its node, seq, slot, first position, tokens, tokens computed again, kv_start,
+    # kv_len and run.
+    self._chunks: list[tuple[int, ...]] = []
+    self._tokens: list[np.ndarray] = []
+    self._scored: list[tuple[int, int, int, np.ndarray]] = []
+    self._first_draws: list[tuple[int, int]] = []  # rows, and the chunks that they draw from
+    self._completed: dict[int, int] = {}  # shared nodes that end in this step: their chunks
     self._num_prompt_tokens = 0
-    self.has_prefill = False
+
+  @property
+  def has_prefill(self) -> bool:
+    """A chunk was added."""
+    return bool(self._chunks)
 
   @property
   def is_empty(self) -> bool:
-    """No row draws and no token is computed."""
-    return not self._entries and not self._samples
+    """No row decodes and no chunk was added."""
+    return not len(self._decoding) and not self._chunks
 
-  def has_room_for(self, row: Row) -> bool:
+  def has_room_for(self, seq: int) -> bool:
     """Whether a waiting row could begin in this step."""
-    return self._budget > 0 or (row.node in self._completed and not row.tokens)
+    return self._budget > 0 or self._draws_from_node(seq)
 
-  def add_decode(self, row: Row) -> None:
-    """Adds the next token of a row whose prompt is done; its run has room already."""
-    position = len(self._requests[row.request].prompt_token_ids) + row.num_dispatched - 1
-    self._add(Entry(row.node, row.seq, row.slot, position, None, 0, row.own_start,
-                    position + 1 - row.own_start, row.run.pages))
-    self._draw(row, row.seq, is_first=False)
+  def _draws_from_node(self, seq: int) -> bool:
+    """The row has only its prompt, which ends with a node that ends in this step."""
+    return self._rows.node[seq] in self._completed and not self._history.num_tokens[seq]
 
-  def add_chunk(self, work: Row | int) -> bool:
-    """Adds as much of a node's or a row's prompt as fits. True: all of it is computed now."""
-    return self._add_row(work) if isinstance(work, Row) else self._add_node(work)
-
-  def _add_node(self, node: int) -> bool:
-    run, length = self._node_run[node], int(self._tree.length[node])
-    start = int(self._tree.start[node])
+  def add_node(self, node: int) -> bool:
+    """Adds as much of a shared node as fits. True: all of it is computed now."""
+    start, length = int(self._tree.start[node]), int(self._tree.length[node])
     prompt = self._requests[self._tree.source[node]].prompt_token_ids
-    if self._chunk(node, -1, -1, run, prompt, run.kv_len, start, start + length):
-      self._completed.add(node)
-    return run.kv_len == length
+    is_done = self._add(node, -1, -1, self._num_slots + node, prompt, start, start + length)
+    if is_done:
+      self._completed[node] = len(self._chunks) - 1
+    return is_done
 
-  def _add_row(self, row: Row) -> bool:
-    prompt = self._requests[row.request].prompt_token_ids
-    sequence = np.append(prompt, np.array(row.tokens, np.int32)) if row.tokens else prompt
-    if row.own_start == len(sequence):  # the whole prompt is shared
-      if row.node in self._completed:
-        self._draw(row, -1, is_first=True)
-        return True
-      if not self._budget:
+  def add_row(self, seq: int) -> bool:
+    """Adds as much of a row's own prompt as fits. True: all of it is computed, and it draws."""
+    rows = self._rows
+    node, slot, own_start = int(rows.node[seq]), int(rows.slot[seq]), int(rows.own_start[seq])
+    prompt = self._requests[rows.request[seq]].prompt_token_ids
+    sequence = prompt
+    if self._history.num_tokens[seq]:  # it was preempted
+      sequence = np.append(prompt, self._history.tokens(seq))
+    if own_start < len(sequence):
+      if not self._add(node, seq, slot, slot, sequence, own_start, len(sequence), len(prompt)):
         return False
-      position = len(prompt) - 1
-      self._num_prompt_tokens += 1
-      self._add(Entry(row.node, row.seq, row.slot, position, prompt[position:], 1,
-                      row.own_start, 0, _NO_PAGES))
-      self._draw(row, row.seq, is_first=True)
+    elif self._draws_from_node(seq):
+      self._first_draws.append((seq, self._completed[node]))
       return True
-    end = self._chunk(row.node, row.seq, row.slot, row.run, sequence, row.num_computed,
-                      row.own_start, len(sequence), len(prompt))
-    row.num_computed = row.run.kv_len
-    if end:
-      self._draw(row, row.seq, is_first=True)
-    return end
+    elif not self._budget:
+      return False
+    else:  # the whole prompt is shared, and was computed earlier: once more its last token
+      self._budget -= 1
+      self._num_prompt_tokens += 1
+      self._chunks.append((node, seq, slot, own_start - 1, 1, 1, own_start, 0, slot))
+      self._tokens.append(prompt[-1:])
+    self._first_draws.append((seq, len(self._chunks) - 1))
+    return True
 
-  def _chunk(self, node: int, seq: int, slot: int, run: Run, sequence: np.ndarray, offset: int,
-             start: int, end: int, prompt_len: int | None = None) -> bool:
-    """Adds tokens of `sequence` from `start + offset` on; True if they reach `end`."""
+  def _add(self, node: int, seq: int, slot: int, run: int, sequence: np.ndarray, start: int,
+           end: int, prompt_len: int | None = None) -> bool:
+    """Adds the tokens of `sequence` that the run lacks up to `end`; True if all of them fit."""
     prompt_len = end if prompt_len is None else prompt_len
+    offset, num_held = int(self._pool.kv_len[run]), int(self._pool.num_held[run])
     # The first token of a node is scored by the last one above it, which is computed once more.
     requeried = int(self._scores and offset == 0 and start > 0)
-    room = (len(run.pages) + self._pool.num_free) * self._pool.page_size
+    room = (num_held + self._num_free_pages) * self._pool.page_size
     count = min(end - start - offset, self._budget - requeried, room - offset)
     if count <= 0:
       return False
-    first = start + offset
-    self._pool.grow(run, offset + count)
-    self._add(Entry(node, seq, slot, first - requeried, sequence[first - requeried:first + count],
-                    requeried, start, offset + count, run.pages))
+    first, kv_len = start + offset, offset + count
+    self._num_free_pages -= max(0, pages_for(kv_len, self._pool.page_size) - num_held)
+    self._budget -= count + requeried
     self._num_prompt_tokens += max(0, min(first + count, prompt_len) - first + requeried)
     if self._scores:
       scored = sequence[first - requeried + 1:min(first + count + 1, prompt_len)]
-      self._prompt_scores.append(PromptScore(node, first - requeried + 1 - start, node, seq, 0,
-                                             scored))
+      self._scored.append((node, offset - requeried + 1, len(self._chunks), scored))
+    self._chunks.append((node, seq, slot, first - requeried, count + requeried, requeried, start,
+                         kv_len, run))
+    self._tokens.append(sequence[first - requeried:first + count])
     return first + count == end
 
-  def _add(self, entry: Entry) -> None:
-    self._entries.append(entry)
-    self._budget -= entry.num_tokens
-    self.has_prefill |= entry.tokens is not None
+  def build(self, kind: str, num_steps: int, admissions: Sequence[Admission],
+            open_nodes: np.ndarray) -> Batch:
+    """The finished batch, its chunks' runs grown.
 
-  def _draw(self, row: Row, seq: int, is_first: bool) -> None:
-    self.has_prefill |= is_first
-    params = self._requests[row.request].sampling_params
+    Args:
+      kind, num_steps, admissions: of the batch.
+      open_nodes: shared nodes that have a run, ascending.
+    """
+    rows, tree, pool, decoding = self._rows, self._tree, self._pool, self._decoding
+    position = rows.prompt_len[decoding] + rows.num_dispatched[decoding] - 1
+    slots, own_start = rows.slot[decoding], rows.own_start[decoding]
+    one = np.ones(len(decoding), np.int64)
+    columns = np.stack([rows.node[decoding], decoding, slots, position, one, 0 * one, own_start,
+                        position + 1 - own_start, slots])
+    place = np.arange(len(decoding) + len(self._chunks))  # of decoding rows, then of chunks
+    chunks = np.array(self._chunks, np.int64).reshape(-1, 9).T
+    if self._chunks:
+      pool.grow(chunks[8], chunks[7])
+      columns = np.hstack([columns, chunks])
+      # Depth-first order: a node's own tokens come before the rows at its end and below it.
+      order = np.argsort(columns[0] * (len(rows) + 1) + columns[1], kind="stable")
+      columns, place[order] = columns[:, order], place.copy()
+
+    nodes = open_nodes[pool.kv_len[self._num_slots + open_nodes] > 0]
+    first_entry = np.searchsorted(columns[0], nodes)
+    end_entry = np.searchsorted(columns[0], tree.subtree_end[nodes])
+    is_read = first_entry < end_entry
+    nodes, first_entry, end_entry = nodes[is_read], first_entry[is_read], end_entry[is_read]
+    computed = chunks[0, chunks[1] < 0]
+    only_read = nodes[~np.isin(nodes, computed)]
+    page_indices, page_starts = pool.page_lists(
+        np.concatenate([columns[8], self._num_slots + only_read]))
+    entries = Entries(*columns[1:8], page_starts[columns[8]])
+
+    tokens = np.full(int(entries.num_tokens.sum()), -1, np.int32)
+    offsets = entries.offsets[place[len(decoding):]]
+    for offset, chunk in zip(offsets.tolist(), self._tokens):
+      tokens[offset:offset + len(chunk)] = chunk
+    return Batch(
+        kind=kind, entries=entries, tokens=tokens,
+        shared=SharedKV(first_entry, end_entry, tree.start[nodes],
+                        pool.kv_len[self._num_slots + nodes], page_starts[self._num_slots + nodes]),
+        samples=self._samples(place), page_indices=page_indices, admissions=tuple(admissions),
+        prompt_scores=tuple(
+            PromptScore(node, offset, int(place[len(decoding) + chunk]), scored)
+            for node, offset, chunk, scored in self._scored),
+        num_steps=num_steps, num_prompt_tokens=self._num_prompt_tokens)
+
+  def _samples(self, place: np.ndarray) -> Samples:
+    """All decoding rows, and those whose prompt is complete with this step."""
+    rows, num_decoding = self._rows, len(self._decoding)
+    first, chunk = np.array(self._first_draws, np.int64).reshape(-1, 2).T
+    seqs = np.append(self._decoding, first)
+    order = np.argsort(seqs, kind="stable")
+    seqs = seqs[order]
+    stop_states = np.zeros(len(seqs), np.int64)
+    stop_states[num_decoding:] = [self._stop_state(seq) for seq in first.tolist()]
+    return Samples(
+        seq=seqs, slot=rows.slot[seqs],
+        entry=np.append(place[:num_decoding], place[num_decoding + chunk])[order],
+        num_generated=rows.num_dispatched[seqs], max_tokens=rows.max_tokens[seqs],
+        is_first=order >= num_decoding, stop_state=stop_states[order])
+
+  def _stop_state(self, seq: int) -> int:
+    """The state of a row's stop automaton after the tokens that it has."""
+    stop = self._requests[self._rows.request[seq]].sampling_params.stop
     state = 0
-    if is_first and row.tokens and params.stop:
-      start = self._stop_table.automaton[params.stop]
-      for token in row.tokens:
+    if stop:
+      start = self._stop_table.automaton[stop]
+      for token in self._history.tokens(seq).tolist():
         state = int(self._stop_table.transitions[start + max(state, 0), token])
-    self._samples.append(Sample(row, row.slot, row.node, seq, row.num_dispatched, is_first, state))
-
-  def build(self, kind: str, admissions: Sequence[Admission]) -> Batch:
-    """The finished batch: entries and samples in depth-first order, and the shared KV above."""
-    self._entries.sort(key=lambda entry: (entry.node, entry.seq))
-    self._samples.sort(key=lambda sample: (sample.node, sample.seq))  # decode: row r is token r
-    nodes = np.array([entry.node for entry in self._entries])
-    shared = []
-    for node, run in sorted(self._node_run.items()):
-      end = int(self._tree.subtree_end[node])
-      first, stop = np.searchsorted(nodes, (node, end))
-      if run.kv_len and first < stop:
-        shared.append(SharedKV(node, end, run.kv_start, run.kv_len, run.pages))
-    return Batch(kind=kind, entries=tuple(self._entries), shared=tuple(shared),
-                 samples=tuple(self._samples), admissions=tuple(admissions),
-                 prompt_scores=tuple(self._prompt_scores), num_steps=self._num_steps,
-                 num_tokens=sum(entry.num_tokens for entry in self._entries),
-                 num_prompt_tokens=self._num_prompt_tokens)
+    return state

@@ -1,7 +1,5 @@
 """How long outputs get: learned while the job runs (Past-Future, section 3; Tokasaurus)."""
 
-import collections
-
 import numpy as np
 
 
@@ -14,13 +12,14 @@ class LengthPredictor:
   """
 
   def __init__(self, min_history: int = 32, max_history: int = 1024):
-    self._fractions: collections.deque[float] = collections.deque(maxlen=max_history)
-    self._min_history = min_history
+    self._fractions = np.empty(0)
+    self._min_history, self._max_history = min_history, max_history
 
-  def add(self, num_generated: int, max_tokens: int) -> None:
-    """Records a finished row."""
-    if max_tokens:
-      self._fractions.append(num_generated / max_tokens)
+  def add(self, num_generated: np.ndarray, max_tokens: np.ndarray) -> None:
+    """Records rows that finished, in their order."""
+    teaches = max_tokens > 0
+    fractions = num_generated[teaches] / max_tokens[teaches]
+    self._fractions = np.append(self._fractions, fractions)[-self._max_history:]
 
   def predict(self, num_generated: np.ndarray, max_tokens: np.ndarray) -> np.ndarray:
     """Predicted final lengths, i64[rows]: mean plus one deviation of the longer finished rows."""

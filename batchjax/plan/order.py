@@ -1,5 +1,6 @@
 """The order in which the nodes of a prefix tree run."""
 
+from jaxtyping import Int
 from jaxtyping import Int32
 from jaxtyping import Num
 import numpy as np
@@ -30,7 +31,7 @@ def order_nodes(tree: PrefixTree, decode_lens: Num[np.ndarray, "requests"]) -> P
   tokens = np.maximum(tree.subtree_sum(tree.length.astype(np.int64)), 1)
   ratio = tree.subtree_sum(decode_tokens) / tokens
 
-  siblings = np.lexsort((_lowest_request(tree), -ratio, tree.parent))[1:]  # the root sorts first
+  siblings = np.lexsort((lowest_request(tree), -ratio, tree.parent))[1:]  # the root sorts first
   parent = tree.parent[siblings]
   size = (tree.subtree_end - np.arange(tree.num_nodes))[siblings]
   before = np.cumsum(size) - size
@@ -41,7 +42,7 @@ def order_nodes(tree: PrefixTree, decode_lens: Num[np.ndarray, "requests"]) -> P
   return _renumber(tree, tree.path_sum(offset))
 
 
-def _lowest_request(tree: PrefixTree) -> np.ndarray:
+def lowest_request(tree: PrefixTree) -> Int[np.ndarray, "N"]:
   """The lowest request that ends at each node or below it."""
   lowest = np.full(tree.num_nodes + 1, len(tree.node_of_request))
   np.minimum.at(lowest, tree.node_of_request, np.arange(len(tree.node_of_request)))

@@ -8,6 +8,7 @@ import sys
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
 
+from jaxtyping import Int
 import numpy as np
 
 from batchjax.config import EngineConfig, ModelConfig
@@ -17,7 +18,7 @@ from batchjax.plan.buckets import Bucket
 from batchjax.plan.cost import Chip, PlanTotals, plan_totals
 from batchjax.plan.prefix_tree import PrefixTree, build_prefix_tree
 from batchjax.plan.scheduler import Scheduler
-from batchjax.types import Request, StopTable
+from batchjax.types import Request, SamplingParams, StopTable
 
 # A kept node costs about this many tokens of work in segments, merges and part-filled pages.
 _NODE_OVERHEAD_TOKENS = 8.0
@@ -139,16 +140,16 @@ def make_plan(model: ModelConfig, requests: Sequence[Request], engine: EngineCon
   max_tokens_mixed = engine.max_step_tokens
   if is_only_window:
     max_tokens_mixed = min(max_tokens_mixed, int(tree.length.sum()) + total_rows)
-  likely = _with_likely_lengths(requests)
+  likely = _likely_lengths(params, max_tokens)
   shapes = simulate.simulate(
-      make_scheduler(likely, plan, engine, max_rows, max_tokens_mixed, stop_table),
+      make_scheduler(requests, plan, engine, max_rows, max_tokens_mixed, stop_table, likely),
       _MAX_DISPATCHES, max(p.top_logprobs for p in params))
   if is_only_window and len(shapes) < _MAX_DISPATCHES and all(p.ignore_eos for p in params):
     # The simulation is the job: where the pool holds fewer rows, no step need be wider.
     most = max(shape.num_slots for shape in shapes)
     max_rows = min(max_rows, -(-most // _ROW_MULTIPLE) * _ROW_MULTIPLE)
   num_shared = int((tree.num_rows[1:] > 1).sum()) if is_only_window else sys.maxsize
-  drawn = sum(r.sampling_params.max_tokens * r.sampling_params.n for r in likely)
+  drawn = int((likely * samples).sum())
   scale = _scale(shapes, plan.totals.prompt_tokens_planned, drawn)
   step_secs = {kind: _step_secs(model, chip, shapes, kind) for kind in scale}
   solve = functools.partial(_solve, engine, shapes, scale, step_secs, max_tokens_mixed,
@@ -161,27 +162,27 @@ def make_plan(model: ModelConfig, requests: Sequence[Request], engine: EngineCon
       model, chip, shapes, scale, buckets, cut_buckets))
 
 
-def _with_likely_lengths(requests: Sequence[Request]) -> list[Request]:
-  """The requests with the output lengths that the simulation takes them to reach.
+def _likely_lengths(params: Sequence[SamplingParams],
+                    max_tokens: Int[np.ndarray, "requests"]) -> Int[np.ndarray, "requests"]:
+  """The output lengths that the simulation takes the samples of each request to reach.
 
   Rows that ignore the model's end tokens reach `max_tokens`. Of the others nothing is known, so
   their lengths are spread evenly up to it: batches shrink towards the end of such a job, and
   its shapes must suit that too.
   """
-  spread = (np.arange(len(requests)) * _GOLDEN_RATIO) % 1.0
-  return [r if r.sampling_params.ignore_eos else dataclasses.replace(
-      r, sampling_params=dataclasses.replace(
-          r.sampling_params, min_tokens=0,
-          max_tokens=math.ceil(r.sampling_params.max_tokens * (1.0 - part))))
-          for r, part in zip(requests, spread)]
+  spread = (np.arange(len(params)) * _GOLDEN_RATIO) % 1.0
+  ignores = np.array([p.ignore_eos for p in params], bool)
+  return np.where(ignores, max_tokens, np.ceil(max_tokens * (1.0 - spread)).astype(np.int64))
 
 
 def make_scheduler(requests: Sequence[Request], plan: Plan, engine: EngineConfig, max_rows: int,
-                   max_step_tokens: int, stop_table: StopTable | None) -> Scheduler:
-  """A scheduler for the window of `plan`."""
+                   max_step_tokens: int, stop_table: StopTable | None,
+                   max_tokens: Int[np.ndarray, "requests"] | None = None) -> Scheduler:
+  """A scheduler for the window of `plan`; `max_tokens` are those of the requests when None."""
   return Scheduler(requests, plan.tree, num_pages=plan.num_pages, page_size=engine.page_size,
                    max_rows=max_rows, max_step_tokens=max_step_tokens,
-                   max_decode_steps=engine.max_decode_steps, stop_table=stop_table)
+                   max_decode_steps=engine.max_decode_steps, stop_table=stop_table,
+                   max_tokens=max_tokens)
 
 
 def _scale(shapes: list[simulate.StepShape], prompt_tokens: int,
@@ -298,9 +299,6 @@ def cached_tokens(requests: Sequence[Request], engine: EngineConfig) -> np.ndarr
     return np.zeros(len(requests), np.int64)
   tree = grouping.choose_nodes(build_prefix_tree(prompts, samples), prompt_lens, samples,
                                engine.max_levels, _NODE_OVERHEAD_TOKENS)
-  owner = np.full(tree.num_nodes, len(requests), np.int64)
-  np.minimum.at(owner, tree.node_of_request, np.arange(len(requests)))
-  for node in range(tree.num_nodes - 1, 0, -1):  # preorder: children come after their parent
-    owner[tree.parent[node]] = min(owner[tree.parent[node]], owner[node])
+  owner = order.lowest_request(tree)
   computed = np.bincount(owner[1:], tree.length[1:], len(requests))
   return prompt_lens - computed.astype(np.int64)

@@ -4,11 +4,13 @@ import collections
 import dataclasses
 from collections.abc import Sequence
 
+from jaxtyping import Int
 import numpy as np
 
 from batchjax.plan.batch import Batch
+from batchjax.plan.history import History
 from batchjax.plan.prefix_tree import PrefixTree
-from batchjax.plan.row import Row
+from batchjax.plan.rows import Rows
 from batchjax.types import Choice, Completion, FinishReason, Request, StepOutputs
 
 _FINISH: dict[int, FinishReason] = {1: "stop", 2: "stop", 3: "length", 4: "error"}
@@ -18,12 +20,14 @@ class Results:
   """Choices and prompt log-probabilities of requests that are not complete yet.
 
   Attributes:
-    num_cached: prompt tokens of each request that another one computed.
+    history: what rows that have not ended have drawn.
     num_complete: requests handed out.
   """
 
-  def __init__(self, requests: Sequence[Request], tree: PrefixTree):
-    self._requests, self._tree = requests, tree
+  def __init__(self, requests: Sequence[Request], tree: PrefixTree, rows: Rows):
+    self._requests, self._tree, self._rows = requests, tree, rows
+    self.history = History(len(rows))
+    self._finish = np.zeros(len(rows), np.int8)  # as in `StepOutputs`; 0 while the row goes on
     self._unfinished = np.array([r.sampling_params.n for r in requests], np.int64)
     self._choices: dict[int, list[Choice]] = collections.defaultdict(list)
     # Scores are kept by node, as (offset, logprobs, top ids, top logprobs), while a request
@@ -31,7 +35,7 @@ class Results:
     self._scores: dict[int, list[tuple]] = collections.defaultdict(list)
     self._requests_left = tree.subtree_sum(
         np.bincount(tree.node_of_request, minlength=tree.num_nodes))
-    self.num_cached = np.zeros(len(requests), np.int64)
+    self._num_cached = _num_cached(tree, rows)
     self.num_complete = 0
 
   @property
@@ -39,34 +43,56 @@ class Results:
     """Every request has been handed out."""
     return self.num_complete == len(self._requests)
 
-  def add_scores(self, batch: Batch, outputs: StepOutputs) -> None:
-    """Keeps the prompt log-probabilities of a step."""
+  def add(self, batch: Batch, outputs: StepOutputs) -> Int[np.ndarray, "n"]:
+    """Keeps the results of a step; returns the rows that end with it, in order."""
+    self._add_scores(batch, outputs)
+    # What a row is found to have ended with is known; later steps that were in flight drew nothing.
+    is_going = self._finish[batch.samples.seq] == 0
+    here = slice(len(is_going)) if is_going.all() else np.flatnonzero(is_going)
+    seqs, columns = batch.samples.seq[here], {}
+    for name in ("tokens", "logprobs", "top_token_ids", "top_logprobs"):
+      if (values := getattr(outputs, name)) is not None:
+        columns[name] = np.asarray(values)[:, here]
+    counts = (columns["tokens"] >= 0).sum(axis=0)
+    self.history.append(seqs, counts, **columns)
+    finish = np.asarray(outputs.finish)[:, here][counts - 1, np.arange(len(seqs))]
+    self._finish[seqs] = np.where(self._rows.max_tokens[seqs] > 0, finish, 3)
+    return seqs[self._finish[seqs] > 0]
+
+  def _add_scores(self, batch: Batch, outputs: StepOutputs) -> None:
     if not batch.prompt_scores:
       return
-    place = batch.entry_starts
+    offsets = batch.entries.offsets
     fields = (outputs.prompt_logprobs, outputs.prompt_top_token_ids, outputs.prompt_top_logprobs)
     for score in batch.prompt_scores:
-      first = place[score.entry_node, score.entry_seq] + score.first
+      first = offsets[score.entry]
       here = slice(first, first + len(score.next_tokens))
       self._scores[score.node].append(
           (score.offset, *(None if field is None else field[here] for field in fields)))
 
-  def finish(self, row: Row) -> Completion | None:
-    """Files the choice of a row that has ended; its request's completion if it was the last."""
-    params = self._requests[row.request].sampling_params
-    count = len(row.tokens) - (row.finish in (1, 4))  # tokens that are no text
-    top, num_top = row.top[:count], params.top_logprobs
+  def complete(self, seqs: Int[np.ndarray, "n"]) -> list[Completion]:
+    """Files the choices of rows that have ended; the requests that are complete with them."""
+    completions = []
+    for seq in seqs.tolist():
+      index = int(self._rows.request[seq])
+      self._choices[index].append(self._choice(seq))
+      self._unfinished[index] -= 1
+      if not self._unfinished[index]:
+        completions.append(self._completion(index))
+    return completions
+
+  def _choice(self, seq: int) -> Choice:
+    params = self._requests[self._rows.request[seq]].sampling_params
+    finish = int(self._finish[seq])
+    # The last token of a row that stopped or failed is no text.
+    drawn = self.history.pop(seq, int(self.history.num_tokens[seq]) - (finish in (1, 4)))
+    num_top = params.top_logprobs
     has_top = params.logprobs and num_top > 0
-    self._choices[row.request].append(Choice(
-        index=row.sample, token_ids=np.array(row.tokens[:count], np.int32),
-        finish_reason=_FINISH[row.finish],
-        logprobs=np.array(row.logprobs[:count], np.float32) if params.logprobs else None,
-        top_token_ids=np.array([ids[:num_top] for ids, _ in top], np.int32).reshape(-1, num_top)
-        if has_top else None,
-        top_logprobs=np.array([values[:num_top] for _, values in top],
-                              np.float32).reshape(-1, num_top) if has_top else None))
-    self._unfinished[row.request] -= 1
-    return None if self._unfinished[row.request] else self._completion(row.request)
+    return Choice(
+        index=int(self._rows.sample[seq]), token_ids=drawn["tokens"],
+        finish_reason=_FINISH[finish], logprobs=drawn["logprobs"] if params.logprobs else None,
+        top_token_ids=drawn["top_token_ids"][:, :num_top] if has_top else None,
+        top_logprobs=drawn["top_logprobs"][:, :num_top] if has_top else None)
 
   def _completion(self, index: int) -> Completion:
     request = self._requests[index]
@@ -83,7 +109,7 @@ class Results:
         request_id=request.request_id,
         choices=tuple(choices),
         num_prompt_tokens=len(request.prompt_token_ids),
-        num_cached_tokens=int(self.num_cached[index]),
+        num_cached_tokens=int(self._num_cached[index]),
         prompt_logprobs=scores[0], prompt_top_token_ids=scores[1], prompt_top_logprobs=scores[2])
 
   def _prompt_scores(self, index: int) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
@@ -108,3 +134,15 @@ class Results:
       path.append(node)
       node = int(self._tree.parent[node])
     return path
+
+
+def _num_cached(tree: PrefixTree, rows: Rows) -> Int[np.ndarray, "requests"]:
+  """Prompt tokens of each request that a row before its first one computes."""
+  first = np.flatnonzero(rows.sample == 0)
+  before = np.append(0, rows.node[:-1])[first]
+  node = rows.node[first]
+  while (is_new := node > before).any():  # a row before is at or below no node behind its own
+    node = np.where(is_new, tree.parent[node], node)
+  num_cached = np.empty(len(first), np.int64)
+  num_cached[rows.request[first]] = tree.end[node]
+  return num_cached

@@ -57,31 +57,25 @@ def simulate(scheduler: Scheduler, max_dispatches: int, num_top: int = 0) -> lis
       break
     batch = scheduler.next_batch()
     shapes.append(_shape(batch, scheduler.stats))
-    scheduler.retire(batch, _outputs(batch, num_top))
+    scheduler.retire(batch, outputs_of(batch, num_top))
   return shapes
 
 
 def _shape(batch: Batch, stats: SchedulerStats) -> StepShape:
-  starts = np.cumsum([0] + [entry.num_tokens for entry in batch.entries])
-  nodes = [entry.node for entry in batch.entries]
-  kv_read = attn_pairs = 0
-  for shared in batch.shared:
-    low, high = np.searchsorted(nodes, (shared.node, shared.subtree_end))
-    kv_read += shared.kv_len
-    attn_pairs += shared.kv_len * int(starts[high] - starts[low])
-  for entry in batch.entries:
-    if entry.seq >= 0:
-      kv_read += entry.kv_len
-      attn_pairs += entry.kv_len * entry.num_tokens
-  return StepShape(batch.kind, batch.num_tokens, len(batch.samples), batch.num_steps,
-                   batch.num_prompt_tokens, kv_read, attn_pairs, stats.used_pages,
-                   max(stats.num_running, len(batch.samples)))
+  entries, shared, offsets = batch.entries, batch.shared, batch.entries.offsets
+  own_len = np.where(entries.seq >= 0, entries.kv_len, 0)
+  num_below = offsets[shared.end_entry] - offsets[shared.first_entry]
+  return StepShape(
+      batch.kind, batch.num_tokens, batch.num_rows, batch.num_steps, batch.num_prompt_tokens,
+      kv_read_tokens=int(own_len.sum() + shared.kv_len.sum()),
+      attn_pairs=int(own_len @ entries.num_tokens + shared.kv_len @ num_below),
+      used_pages=stats.used_pages, num_slots=max(stats.num_running, batch.num_rows))
 
 
-def _outputs(batch: Batch, num_top: int) -> StepOutputs:
+def outputs_of(batch: Batch, num_top: int) -> StepOutputs:
   """Every row draws token 0 until it has `max_tokens`; all log-probabilities are 0."""
   step = np.arange(batch.num_steps)[:, None]
-  left = np.array([s.row.max_tokens - s.num_generated for s in batch.samples], np.int64)
+  left = batch.samples.max_tokens - batch.samples.num_generated
   tokens = np.where(step < left, 0, -1).astype(np.int32)
   finish = np.where(step == left - 1, 3, 0).astype(np.int8)
   drawn, prompt = tokens.shape, (batch.num_tokens,)

@@ -66,17 +66,18 @@ class NumpyDevice:
     """Follows the pages that `pool` hands out and takes back from now on."""
     grow, close = pool.grow, pool.close
 
-    def watched_grow(run, kv_len):
-      num_before = len(run.pages)
-      grow(run, kv_len)
-      taken = run.pages[num_before:]
-      self._freed -= set(taken.tolist())
+    def watched_grow(runs, kv_lens):
+      free_before = set(pool.free_pages)
+      grow(runs, kv_lens)
+      taken = sorted(free_before - set(pool.free_pages))
+      self._freed -= set(taken)
       self._written[taken] = False
       self._held[taken] = True
 
-    def watched_close(run):
-      self._freed |= set(run.pages.tolist())
-      close(run)
+    def watched_close(runs):
+      free_before = set(pool.free_pages)
+      close(runs)
+      self._freed |= set(pool.free_pages) - free_before
 
     pool.grow, pool.close = watched_grow, watched_close
 

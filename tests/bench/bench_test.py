@@ -18,7 +18,7 @@ from batchjax.engine.compile import CompileRecord
 from batchjax.generation import StartEvent, StepEvent
 from batchjax.models import SHAPES
 from batchjax.plan import planner
-from batchjax.plan.batch import Batch, Sample
+from batchjax.plan.batch import Batch, Samples
 from batchjax.plan.buckets import Bucket
 from batchjax.plan.cost import CHIPS
 from batchjax.plan.scheduler import SchedulerStats
@@ -109,18 +109,20 @@ def test_floor_reads_shared_kv_once_per_step():
   assert floors[1][1][1] == pytest.approx(expected, rel=1e-12)
 
 
+def with_tokens_left(batch, left):
+  samples = dataclasses.replace(batch.samples, num_generated=batch.samples.max_tokens - left)
+  return dataclasses.replace(batch, samples=samples)
+
+
 def test_floor_of_a_decode_loop_leaves_out_rows_that_ended():
   batch, floor = batches(random(Draw(VOCAB), num_requests=3, prompt_len=10, output_len=5))[-1]
   assert batch.kind == "decode" and batch.num_steps == 4
-  ended = dataclasses.replace(batch, samples=tuple(
-      sample._replace(num_generated=sample.row.max_tokens - 4 + 3 * (i > 0))
-      for i, sample in enumerate(batch.samples)))
+  ended = with_tokens_left(batch, [4, 1, 1])
   less = roofline.dispatch_floor_secs(ended, CONFIG, dataclasses.replace(
       CEILINGS, hbm_bytes_per_sec=1e30, f32_flops=1.0))
   # Two rows leave after the first of four steps: their tokens at positions 11, 12 and 13 go.
   assert floor[0] - less == pytest.approx(2 * flops(3, 3, triangle(11, 14)), rel=1e-9)
-  none_left = dataclasses.replace(batch, samples=tuple(
-      sample._replace(num_generated=sample.row.max_tokens) for sample in batch.samples))
+  none_left = with_tokens_left(batch, [0, 0, 0])
   assert roofline.dispatch_floor_secs(none_left, CONFIG, CEILINGS) == 0.0
 
 
@@ -130,11 +132,13 @@ def test_floor_of_a_decode_loop_leaves_out_rows_that_ended():
 def made_up_run(workload, tokens_per_row):
   """A `generate` whose events are known."""
   plan = planner.make_plan(CONFIG, workload.requests, ENGINE, CHIPS["cpu"], buckets=())
-  sample = Sample(None, 0, 0, 0, 1, False, 0)
 
   def event(kind, num_rows, num_steps, num_tokens, bucket_tokens, prompt, drawn, secs, pages=0,
             preempted=0):
-    batch = Batch(kind, (), (), (sample,) * num_rows, (), (), num_steps, num_tokens, prompt)
+    zeros = np.zeros(num_rows, int)
+    batch = dataclasses.replace(
+        Batch.empty(kind), tokens=np.zeros(num_tokens, int), num_steps=num_steps,
+        samples=Samples(*[zeros] * 5, zeros > 0, zeros), num_prompt_tokens=prompt)
     return StepEvent(batch, Bucket(kind, bucket_tokens, 8, 8, 400),
                      SchedulerStats(pages, 0, 0, 0, preempted), drawn, 0.25 * secs, secs)
 
@@ -254,6 +258,14 @@ def test_script_prints_one_line_with_everything(bench_script, tmp_path):
   assert got["decode_floor_ms"] < got["decode_ms_per_step"] and got["decode_rows"] == 8
   assert got["gemm_flops"] > 1e8 and got["stream_bytes_per_sec"] > 1e8
   assert got["profile"]["kernels"] and 0 <= got["profile"]["idle_share"] < 1
+
+
+def test_script_times_the_host_alone(bench_script):
+  run = bench_script("--workload=random", "--num_requests=12", "--prompt_len=20", "--output_len=9",
+                     "--host_only")
+  assert run.returncode == 0, run.stderr
+  got = json.loads(run.stdout)
+  assert got["plan_secs"] > 0 and got["num_requests"] == 12 and got["dispatches"]["decode"]["count"]
 
 
 def test_script_refuses_flags_of_other_workloads(bench_script):

@@ -1,4 +1,4 @@
-"""The page table against a model of sets."""
+"""The page table against a model of lists."""
 
 import hypothesis
 import hypothesis.stateful as stateful
@@ -8,55 +8,66 @@ import pytest
 
 from batchjax.cache.page_table import PageTable
 
+NUM_RUNS = 5
+
+
+def ints(*values):
+  return np.array(values, np.int64)
+
 
 class Pages(stateful.RuleBasedStateMachine):
-  """Opens, grows and closes runs in any order."""
+  """Grows and closes any runs, many at once, in any order."""
 
   @stateful.initialize(num_pages=st.integers(1, 12), page_size=st.integers(1, 5))
   def start(self, num_pages, page_size):
-    self.table = PageTable(num_pages, page_size)
-    self.runs = []
+    self.table = PageTable(num_pages, page_size, NUM_RUNS)
+    self.pages = {run: [] for run in range(NUM_RUNS)}  # as they were handed out
 
-  @stateful.rule(kv_start=st.integers(0, 100))
-  def open(self, kv_start):
-    run = self.table.open_run(kv_start)
-    assert (run.kv_start, run.kv_len, len(run.pages)) == (kv_start, 0, 0)
-    self.runs.append(run)
+  def lists(self):
+    """The page list of each run, by the table, all asked for at once."""
+    flat, starts = self.table.page_lists(np.arange(NUM_RUNS))
+    assert flat.dtype == np.int32
+    return {run: flat[start:start + held].tolist()
+            for run, (start, held) in enumerate(zip(starts, self.table.num_held))}
 
-  @stateful.precondition(lambda self: self.runs)
-  @stateful.rule(which=st.integers(0, 99), more=st.integers(0, 20))
-  def grow(self, which, more):
-    run = self.runs[which % len(self.runs)]
-    kv_len, before, num_free = run.kv_len + more, run.pages.tolist(), self.table.num_free
-    missing = max(0, -(-kv_len // self.table.page_size) - len(before))
-    assert self.table.missing(run, kv_len) == missing
-    if missing > num_free:
-      with pytest.raises(MemoryError, match=f"{missing} KV pages needed, {num_free} of"):
-        self.table.grow(run, kv_len)
-      assert run.pages.tolist() == before and run.kv_len == kv_len - more
-    else:
-      self.table.grow(run, kv_len)
-      assert run.pages[:len(before)].tolist() == before, "tokens written before moved"
-      assert len(run.pages) == len(before) + missing and run.kv_len == kv_len
-      assert self.table.num_free == num_free - missing
+  @stateful.rule(more=st.dictionaries(st.integers(0, NUM_RUNS - 1), st.integers(0, 20)))
+  def grow(self, more):
+    runs, num_free = ints(*more), self.table.num_free
+    kv_lens = self.table.kv_len[runs] + ints(*more.values())
+    missing = [max(0, -(-int(kv_len) // self.table.page_size) - len(self.pages[run]))
+               for run, kv_len in zip(more, kv_lens)]
+    assert self.table.missing(runs, kv_lens).tolist() == missing
+    if sum(missing) > num_free:
+      before = self.table.kv_len.copy()
+      with pytest.raises(MemoryError, match=f"{sum(missing)} KV pages needed, {num_free} of"):
+        self.table.grow(runs, kv_lens)
+      assert self.lists() == self.pages and (self.table.kv_len == before).all()
+      return
+    self.table.grow(runs, kv_lens)
+    assert self.table.kv_len[runs].tolist() == kv_lens.tolist()
+    assert self.table.num_free == num_free - sum(missing)
+    lists = self.lists()
+    for run, count in zip(more, missing):
+      assert len(lists[run]) == len(self.pages[run]) + count
+      assert lists[run][:len(self.pages[run])] == self.pages[run], "tokens written before moved"
+      self.pages[run] = lists[run]
 
-  @stateful.precondition(lambda self: self.runs)
-  @stateful.rule(which=st.integers(0, 99))
+  @stateful.rule(which=st.sets(st.integers(0, NUM_RUNS - 1)))
   def close(self, which):
-    run = self.runs.pop(which % len(self.runs))
-    num_free, held = self.table.num_free, len(run.pages)
-    self.table.close(run)
+    num_free, held = self.table.num_free, sum(len(self.pages[run]) for run in which)
+    self.table.close(ints(*which))
     assert self.table.num_free == num_free + held
-    assert run.kv_len == 0 and not len(run.pages)
+    assert not self.table.kv_len[ints(*which)].any()
+    self.pages |= {run: [] for run in which}
 
   @stateful.invariant()
   def is_whole(self):
     if not hasattr(self, "table"):
       return
-    self.table.check_integrity(self.runs)
-    pages = [page for run in self.runs for page in run.pages.tolist()]
-    assert len(set(pages)) == len(pages) == self.table.num_pages - self.table.num_free
-    assert set(pages) <= set(range(self.table.num_pages))
+    self.table.check_integrity()
+    assert self.lists() == self.pages
+    held = [page for pages in self.pages.values() for page in pages]
+    assert sorted([*held, *self.table.free_pages]) == list(range(self.table.num_pages))
 
 
 Pages.TestCase.settings = hypothesis.settings(max_examples=60, stateful_step_count=30,
@@ -65,46 +76,49 @@ TestAnySequence = Pages.TestCase
 
 
 def test_grow_within_the_last_page_takes_none():
-  table = PageTable(2, 4)
-  run = table.open_run(0)
-  table.grow(run, 3)
-  table.grow(run, 4)
-  assert table.num_free == 1 and len(run.pages) == 1
+  table = PageTable(2, 4, 1)
+  table.grow(ints(0), ints(3))
+  table.grow(ints(0), ints(4))
+  assert table.num_free == 1 and table.num_held.tolist() == [1]
 
 
-def test_pages_of_an_earlier_batch_are_not_changed_by_growth():
-  table = PageTable(4, 1)
-  run = table.open_run(0)
-  table.grow(run, 1)
-  handed_out = run.pages
-  table.grow(run, 3)
-  assert len(handed_out) == 1
+def test_lists_follow_one_another_in_the_order_asked_for():
+  table = PageTable(6, 1, 4)
+  for run in (2, 0, 2, 3):
+    table.grow(ints(run), table.kv_len[[run]] + 1)
+  pages, starts = table.page_lists(ints(3, 1, 2))
+  assert starts.tolist() == [3, 1, 1, 0]
+  assert pages.tolist() == [3, 0, 2], "pages are handed out in order"
 
 
-def _run(table, kv_len):
-  run = table.open_run(0)
-  table.grow(run, kv_len)
-  return run
+def test_lists_of_an_earlier_batch_are_not_changed_by_growth():
+  table = PageTable(4, 1, 1)
+  table.grow(ints(0), ints(1))
+  handed_out, _ = table.page_lists(ints(0))
+  table.grow(ints(0), ints(3))
+  assert handed_out.tolist() == [0]
 
 
 @pytest.mark.parametrize("spoil, message", [
-    (lambda table, runs: runs.pop(), "3 pages accounted for of 4"),
-    (lambda table, runs: runs[0].pages.__setitem__(0, runs[1].pages[0]), "held twice"),
-    (lambda table, runs: setattr(runs[0], "kv_len", 3), "a run lacks pages"),
+    (lambda table: table._free.__setitem__(0, 0), "a free page is held"),
+    (lambda table: table._free.__setitem__(0, table._free[0] - 1), "a page is free twice"),
+    (lambda table: table._run_of_page.__setitem__(0, 1), "pages miscounted"),
+    (lambda table: table._index_in_run.__setitem__(0, 1), "a place is held twice"),
+    (lambda table: table._index_in_run.__setitem__(0, 2), "a run has a gap"),
+    (lambda table: table.kv_len.__setitem__(0, 5), "a run lacks pages"),
 ])
 def test_integrity_check_sees(spoil, message):
-  table = PageTable(4, 2)
-  runs = [_run(table, 2), _run(table, 1)]
-  table.check_integrity(runs)
-  spoil(table, runs)
+  table = PageTable(6, 2, 2)
+  table.grow(ints(0, 1), ints(4, 1))
+  table.check_integrity()
+  spoil(table)
   with pytest.raises(AssertionError, match=message):
-    table.check_integrity(runs)
+    table.check_integrity()
 
 
 def test_freed_pages_are_handed_out_again():
-  table = PageTable(3, 1)
-  first = _run(table, 3)
-  table.close(first)
-  second = _run(table, 3)
-  assert sorted(second.pages.tolist()) == [0, 1, 2]
-  assert second.pages.dtype == np.int32
+  table = PageTable(3, 1, 2)
+  table.grow(ints(0), ints(3))
+  table.close(ints(0))
+  table.grow(ints(1), ints(3))
+  assert sorted(table.page_lists(ints(1))[0].tolist()) == [0, 1, 2]

@@ -7,7 +7,7 @@ import pytest
 
 from batchjax.engine.pack import pack
 from batchjax.engine.sampling_inputs import SamplingFeatures, SamplingTable
-from batchjax.plan.batch import Batch, Entry, PromptScore, Sample, SharedKV
+from batchjax.plan.batch import Batch, Entries, PromptScore, Samples, SharedKV
 from batchjax.plan.buckets import Bucket
 from batchjax.types import SamplingParams
 
@@ -19,30 +19,39 @@ def ints(*values):
   return np.array(values, np.int32)
 
 
-def entry(node, seq, slot, position, tokens, kv_start, kv_len, pages, num_requeried=0):
-  return Entry(node, seq, slot, position, None if tokens is None else ints(*tokens),
-               num_requeried, kv_start, kv_len, ints(*pages))
+def entry(seq, slot, position, tokens, kv_start, kv_len, page_start, num_requeried=0):
+  """An entry's columns, and its tokens."""
+  return (seq, slot, position, len(tokens), num_requeried, kv_start, kv_len, page_start), tokens
 
 
-def sample(node, seq, slot, num_generated=0, is_first=True, stop_state=0):
-  return Sample(None, slot, node, seq, num_generated, is_first, stop_state)
+def sample(seq, slot, entry, num_generated=0, is_first=True, stop_state=0):
+  return seq, slot, entry, num_generated, 9, is_first, stop_state
 
 
-def batch_of(entries, shared=(), samples=(), scores=()):
-  return Batch("mixed", tuple(entries), tuple(shared), tuple(samples), (), tuple(scores), 1,
-               sum(e.num_tokens for e in entries), 0)
+def columns(table, rows):
+  names = [field.name for field in dataclasses.fields(table)]
+  return table(**{name: np.array([row[i] for row in rows], bool if name == "is_first" else np.int64)
+                  for i, name in enumerate(names)})
+
+
+def batch_of(entries, pages, shared=(), samples=(), scores=()):
+  tokens = ints(*[token for _, tokens in entries for token in tokens])
+  return Batch("mixed", columns(Entries, [row for row, _ in entries]), tokens,
+               columns(SharedKV, shared), columns(Samples, samples), ints(*pages), (),
+               tuple(scores), 1, 0)
 
 
 # Node 1 holds positions 0..5 (pages 7, 3), its last two tokens are computed now. Below it are
 # node 2 with the row of seq 0 (three tokens, a requery of position 5 before them), and row seq 1
 # at node 3 that decodes at position 9 in its own run from position 6 on.
 BATCH = batch_of(
-    entries=[entry(1, -1, -1, 4, [44, 45], 0, 6, [7, 3]),
-             entry(2, 0, 2, 5, [45, 60, 61, 62], 6, 3, [5], num_requeried=1),
-             entry(3, 1, 0, 9, None, 6, 4, [0])],
-    shared=[SharedKV(1, 4, 0, 6, ints(7, 3))],
-    samples=[sample(2, 0, 2, stop_state=3), sample(3, 1, 0, num_generated=2, is_first=False)],
-    scores=[PromptScore(1, 5, 1, -1, 0, ints(45)), PromptScore(2, 0, 2, 0, 0, ints(60, 61, 62))])
+    entries=[entry(-1, -1, 4, [44, 45], 0, 6, 0),
+             entry(0, 2, 5, [45, 60, 61, 62], 6, 3, 2, num_requeried=1),
+             entry(1, 0, 9, [-1], 6, 4, 3)],
+    pages=[7, 3, 5, 0],
+    shared=[(0, 3, 0, 6, 0)],
+    samples=[sample(0, 2, 1, stop_state=3), sample(1, 0, 2, num_generated=2, is_first=False)],
+    scores=[PromptScore(1, 5, 0, ints(45)), PromptScore(2, 0, 1, ints(60, 61, 62))])
 
 
 def table_of(*seeds):
@@ -85,8 +94,8 @@ def test_no_page_is_listed_twice():
 
 
 def test_shared_pages_that_are_only_read_come_behind():
-  batch = batch_of([entry(3, 1, 0, 9, None, 6, 4, [0])], [SharedKV(1, 4, 0, 6, ints(7, 3))],
-                   [sample(3, 1, 0, is_first=False)])
+  batch = batch_of([entry(1, 0, 9, [-1], 6, 4, 0)], [0, 7, 3], [(0, 1, 0, 6, 1)],
+                   [sample(1, 0, 0, is_first=False)])
   inputs = packed(batch)
   assert inputs.page_indices[:3].tolist() == [0, 7, 3]
   assert [field[1] for field in inputs.segments] == [0, 1, 0, 6, 1]
@@ -105,15 +114,16 @@ def test_rows():
 
 
 def test_rows_whose_whole_prompt_is_shared_draw_from_the_node():
-  batch = dataclasses.replace(BATCH, samples=(sample(1, -1, 1), sample(1, -1, 3)))
+  batch = dataclasses.replace(BATCH, samples=columns(
+      Samples, [sample(2, 1, 0), sample(3, 3, 0)]))
   inputs = packed(batch)
   assert inputs.sample_tokens.tolist() == [1, 1, -1, -1]
   assert inputs.own_segments.tolist() == [-1, -1, -1, -1]
 
 
 def test_a_requery_alone_reads_and_writes_nothing_of_its_own():
-  batch = batch_of([entry(1, 0, 2, 5, [45], 6, 0, [], num_requeried=1)],
-                   [SharedKV(1, 4, 0, 6, ints(7, 3))], [sample(1, 0, 2)])
+  batch = batch_of([entry(0, 2, 5, [45], 6, 0, 0, num_requeried=1)], [7, 3], [(0, 1, 0, 6, 0)],
+                   [sample(0, 2, 0)])
   inputs = packed(batch)
   assert inputs.write_slots.tolist() == padded()
   assert inputs.segments.kv_len.tolist() == [6, 0, 0, 0, 0, 0]
@@ -127,7 +137,7 @@ def test_scored_tokens_stand_at_the_token_before():
 
 
 def test_an_empty_batch_is_all_padding():
-  inputs = packed(batch_of([]))
+  inputs = packed(Batch.empty("mixed"))
   assert (inputs.positions == -1).all() and (inputs.slots == -1).all()
   assert not any(field.any() for field in inputs.segments)
 

@@ -88,6 +88,17 @@ def test_table_replaces_rows_and_gathers_copies():
     np.testing.assert_array_equal(got, want)
 
 
+def test_what_is_asked_for_again_is_the_same_until_a_slot_changes():
+  table = SamplingTable(3, SamplingFeatures.of([RICH, PLAIN], EOS), EOS, STOP_TABLE)
+  table.set(1, RICH, 4)
+  slots = np.array([1, -1, 0])
+  before = table.gather(slots)
+  assert table.gather(slots.copy()).seed is before.seed
+  assert table.gather(slots[:2]).seed.shape == (2,)
+  table.set(0, RICH, 2)
+  np.testing.assert_array_equal(table.gather(slots).sample_index, [4, 0, 2])
+
+
 def test_errors_name_the_slot_and_the_remedy():
   table = SamplingTable(2, SamplingFeatures.of([PLAIN], EOS), EOS)
   with pytest.raises(IndexError, match="slot 2"):

@@ -11,8 +11,12 @@ from batchjax.plan.lengths import LengthPredictor, peak_pages
 def predictor_of(fractions, **options) -> LengthPredictor:
   predictor = LengthPredictor(**options)
   for fraction in fractions:
-    predictor.add(round(fraction * 1000), 1000)
+    add_one(predictor, round(fraction * 1000), 1000)
   return predictor
+
+
+def add_one(predictor, num_generated, max_tokens):
+  predictor.add(np.array([num_generated]), np.array([max_tokens]))
 
 
 def predict_one(predictor, num_generated, max_tokens):
@@ -22,7 +26,7 @@ def predict_one(predictor, num_generated, max_tokens):
 def test_without_history_rows_reach_their_limit():
   predictor = predictor_of([0.1] * 31)
   assert predict_one(predictor, 0, 50) == 50
-  predictor.add(100, 1000)
+  add_one(predictor, 100, 1000)
   assert abs(predict_one(predictor, 0, 50) - 5) <= 1  # rounded up
 
 
@@ -43,9 +47,17 @@ def test_old_rows_are_forgotten():
   assert abs(predict_one(predictor, 0, 100) - 10) <= 1
 
 
+def test_rows_that_finish_together_count_in_their_order():
+  fractions = np.linspace(0.1, 0.9, 100)
+  together = LengthPredictor(max_history=64)
+  together.add(np.round(fractions * 1000).astype(int), np.full(100, 1000))
+  apart = predictor_of(fractions, max_history=64)
+  assert predict_one(together, 150, 1000) == predict_one(apart, 150, 1000) < 1000
+
+
 def test_rows_that_generate_nothing_teach_nothing():
   predictor = predictor_of([0.5] * 40)
-  predictor.add(0, 0)
+  add_one(predictor, 0, 0)
   assert predict_one(predictor, 0, 100) == 50
   assert predict_one(predictor, 0, 0) == 0
 

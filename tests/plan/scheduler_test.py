@@ -13,6 +13,7 @@ from batchjax.engine.pack import pack
 from batchjax.engine.sampling_inputs import SamplingFeatures, SamplingTable
 from batchjax.plan import memory, planner
 from batchjax.plan.cost import CHIPS
+from batchjax.plan.lengths import LengthPredictor
 from batchjax.plan.scheduler import Scheduler
 from batchjax.testing.fake_model import fake_config, fake_logits
 from batchjax.testing.numpy_device import NumpyDevice, draw_of_request
@@ -91,7 +92,7 @@ def num_pages_of_largest(requests, engine) -> int:
   return int(max(needed))
 
 
-class Optimist:
+class Optimist(LengthPredictor):
   """Foretells that every row is about to end: the pool runs full, and rows are preempted."""
 
   def add(self, num_generated, max_tokens):
@@ -161,7 +162,7 @@ def run_window(job, scheduler: Scheduler, device, table, buckets, features, log:
       in_flight.append((batch, device.run(batch.kind, inputs, batch.num_steps)))
       log.batches.append(batch)
       log.num_prompt_tokens += batch.num_prompt_tokens
-      log.num_requeried += sum(entry.num_requeried for entry in batch.entries)
+      log.num_requeried += int(batch.entries.num_requeried.sum())
     # Reading earlier than need be is allowed, and must change nothing.
     while in_flight and (batch is None or len(in_flight) > engine.lookahead
                          or rng.integers(5) < job.read_early):
@@ -216,7 +217,7 @@ def request(name, prompt, **params):
 def outputs_of(batch) -> StepOutputs:
   """Every row draws token 1 until it has `max_tokens`."""
   steps = np.arange(batch.num_steps)[:, None]
-  left = np.array([s.row.max_tokens - s.num_generated for s in batch.samples])
+  left = batch.samples.max_tokens - batch.samples.num_generated
   drawn = np.where(steps < left, 1, -1).astype(np.int32)
   ends = np.where(steps == left - 1, 3, 0).astype(np.int8)
   return StepOutputs(drawn, ends)
@@ -226,8 +227,8 @@ def test_rows_of_one_prompt_draw_from_its_one_computation():
   scheduler = scheduler_of([request("a", range(6), n=4, max_tokens=3)])
   batch = scheduler.next_batch()
   assert batch.num_tokens == batch.num_prompt_tokens == 6
-  assert [s.row.sample for s in batch.samples] == [0, 1, 2, 3]
-  assert {s.slot for s in batch.samples} == {0, 1, 2, 3}
+  assert batch.samples.seq.tolist() == [0, 1, 2, 3]
+  assert set(batch.samples.slot.tolist()) == {0, 1, 2, 3}
   assert [a.sample_index for a in batch.admissions] == [0, 1, 2, 3]
 
 
@@ -235,8 +236,8 @@ def test_a_row_that_comes_later_computes_the_last_shared_token_again():
   scheduler = scheduler_of([request("a", range(6), n=3, max_tokens=1)], max_rows=2)
   scheduler.retire(batch := scheduler.next_batch(), outputs_of(batch))
   batch = scheduler.next_batch()
-  assert (batch.num_tokens, batch.num_prompt_tokens, batch.entries[0].num_requeried) == (1, 1, 1)
-  assert batch.shared[0].kv_len == 6
+  assert (batch.num_tokens, batch.num_prompt_tokens, batch.entries.num_requeried[0]) == (1, 1, 1)
+  assert batch.shared.kv_len.tolist() == [6]
 
 
 def test_pages_of_a_prefix_are_freed_with_its_last_row():
@@ -276,7 +277,7 @@ def test_decoding_goes_on_beside_a_long_prompt():
   order = [scheduler.next_batch() for _ in range(3)]
   assert [batch.kind for batch in order] == ["mixed"] * 3
   assert [batch.num_tokens for batch in order[:2]] == [16, 16]
-  assert any(entry.tokens is None for entry in order[1].entries)
+  assert (order[1].tokens == -1).any()
 
 
 def test_the_youngest_row_is_preempted_and_comes_back_with_what_it_had():
@@ -288,9 +289,10 @@ def test_the_youngest_row_is_preempted_and_comes_back_with_what_it_had():
   while not scheduler.finished:
     batch = scheduler.next_batch()
     again += [a for a in batch.admissions if len(a.output_tokens)]
-    for s in batch.samples:  # token 1 is "b": as many as it had are matched
-      is_young = requests[s.row.request].request_id == "young"
-      assert s.stop_state == (len(s.row.tokens) if is_young and s.is_first else 0)
+    # Row 1 is the young one. Token 1 is "b": as many as it had are matched.
+    is_again = (batch.samples.seq == 1) & batch.samples.is_first
+    assert batch.samples.stop_state.tolist() == np.where(
+        is_again, batch.samples.num_generated, 0).tolist()
     scheduler.retire(batch, outputs_of(batch))
     scheduler.check_integrity()
   assert scheduler.stats.num_preempted >= 1
@@ -308,8 +310,8 @@ def test_settings_of_a_row_that_cannot_begin_yet_are_not_lost():
     batch = scheduler.next_batch()
     num_admissions += len(batch.admissions)
     seen |= {(a.slot, a.request_id) for a in batch.admissions}
-    for s in batch.samples:
-      assert (s.slot, requests[s.row.request].request_id) in seen
+    for slot, seq in zip(batch.samples.slot.tolist(), batch.samples.seq.tolist()):
+      assert (slot, f"{seq}") in seen
     outputs = outputs_of(batch)._replace(prompt_logprobs=np.zeros(batch.num_tokens))
     scheduler.retire(batch, outputs)
   assert num_admissions == 4, "settings travel once"
