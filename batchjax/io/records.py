@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 import dataclasses
 import gzip
+import os
 from typing import Any, BinaryIO
 
 from etils import epath
@@ -77,6 +78,9 @@ def open_input(path: epath.PathLike) -> BinaryIO:
     source = epath.Path(path)
     if source.is_dir():
       raise InputError(f"{path} is a directory: name one file in it")
+    if os.path.exists(source) and not os.path.isfile(source):
+      raise InputError(f"{path} is a pipe or a device, which cannot be read twice: write its rows "
+                       "to a file first")
     return source.open("rb")
   except KeyError as e:
     raise InputError(f"{path}: paths that begin with {e} cannot be opened; "

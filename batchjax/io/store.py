@@ -4,7 +4,9 @@ from collections.abc import Iterator
 import contextlib
 import dataclasses
 import functools
+import hashlib
 import json
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +96,13 @@ class RequestReader:
   Position i counts the stored requests; rows that were errors have none, so
   the row's place in the input is `indices[i]`.
 
+  Args:
+    path: of the file.
+    sha256: its hash, as hex digits; None does not look.
+
+  Raises:
+    DamagedFile: it is missing, or its hash another one.
+
   Attributes:
     prompt_lens: i32[num_requests], tokens of each prompt.
     indices: i64[num_requests], ascending places in the input file.
@@ -102,9 +111,15 @@ class RequestReader:
   prompt_lens: Int32[np.ndarray, "num_requests"]
   indices: Int64[np.ndarray, "num_requests"]
 
-  def __init__(self, path: Path):
-    self._map = pa.memory_map(str(path))
-    stored = pa.ipc.open_file(self._map)
+  def __init__(self, path: Path, sha256: str | None = None):
+    try:
+      with open(path, "rb", opener=files.open_regular) as f:
+        data = mmap.mmap(f.fileno(), 0, access=mmap.ACCESS_READ)
+    except (FileNotFoundError, ValueError) as e:  # an empty file cannot be mapped
+      raise files.DamagedFile(f"{path} is missing or empty") from e
+    if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+      raise files.DamagedFile(f"{path} is damaged: its hash does not fit")
+    stored = pa.ipc.open_file(pa.py_buffer(data))
     self._batches = [stored.get_batch(i) for i in range(stored.num_record_batches)]
     self._starts = np.cumsum([0] + [batch.num_rows for batch in self._batches])
     self._params_fn = functools.lru_cache(1024)(_sampling_params)  # most rows share theirs
@@ -120,8 +135,8 @@ class RequestReader:
     self.close()
 
   def close(self) -> None:
-    """Unmaps the file; requests that were read keep what they need of it."""
-    self._map.close()
+    """Lets go of the file; requests that were read keep what they need of it."""
+    self._batches.clear()
 
   def __len__(self) -> int:
     return len(self.indices)

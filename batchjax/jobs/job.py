@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import fcntl
 import hashlib
 from importlib import metadata
 import json
@@ -10,20 +9,19 @@ import os
 from pathlib import Path
 from typing import Any
 
+from absl import logging
 from etils import epath
 from jaxtyping import Bool
 import numpy as np
 
 from batchjax.io import files
+from batchjax.io import journal
 from batchjax.io import records
-from batchjax.io.journal import Journal
+from batchjax.jobs import folder
+from batchjax.jobs.folder import JobError
 
 _PACKAGES = ("batchjax", "jax", "jaxlib", "libtpu", "flax", "numpy")
 _CHUNK_BYTES = 1 << 20
-
-
-class JobError(RuntimeError):
-  """The job directory cannot be used as asked; the message says why and the remedy."""
 
 
 class JobMismatch(JobError):
@@ -59,10 +57,11 @@ class Job:
 
   def __init__(self, directory: Path, lock_fd: int, manifest: dict[str, Any], sync_secs: float):
     self.directory = directory
-    self.id = hashlib.sha256(_canonical(manifest["identity"]).encode()).hexdigest()[:16]
+    self.id = _job_id(manifest["identity"])
     self._manifest = manifest
     self._lock_fd = lock_fd
-    self._journal = Journal(directory / "journal.jsonl", sync_secs)
+    self._sync_secs = sync_secs
+    self._journal: journal.Journal | None = None
 
   def __enter__(self) -> "Job":
     return self
@@ -72,12 +71,29 @@ class Job:
 
   def close(self) -> None:
     """Puts the journal on disk and lets other processes have the job."""
-    self._journal.close()
-    os.close(self._lock_fd)
+    try:
+      if self._journal:
+        self._journal.close()
+    finally:
+      os.close(self._lock_fd)
 
-  def finished_rows(self, num_rows: int) -> Bool[np.ndarray, "num_rows"]:
-    """Which rows of the input have an output or an error."""
-    return self._journal.finished_rows(num_rows)
+  def begin(self, num_rows: int) -> Bool[np.ndarray, "num_rows"]:
+    """Opens the journal of this many input rows, once; returns which have an output or an error.
+
+    Raises:
+      JournalError: it is damaged, or holds rows of another job.
+    """
+    self._journal = journal.Journal(self.directory / folder.JOURNAL, self.id, num_rows, self._sync_secs)
+    return self._journal.finished_rows
+
+  def discard_if_empty(self) -> None:
+    """Removes a job without an output, so that its input and settings may be corrected."""
+    if journal.survey(self.directory / folder.JOURNAL)[1]:
+      return
+    folder.clear(self.directory)
+    (self.directory / "lock").unlink(missing_ok=True)
+    with contextlib.suppress(OSError):  # something else lies in it
+      self.directory.rmdir()
 
   def append(self, index: int, output: dict[str, Any]) -> None:
     """Records the output object of a row; raises JournalError if the row has one already."""
@@ -87,8 +103,8 @@ class Job:
     """Records the error object of a row; raises JournalError if the row has one already."""
     self._journal.append(index, "error", error)
 
-  def finish(self, output_path: str | Path, error_path: str | Path, num_rows: int) -> Finished:
-    """Writes both files in input order, each atomically; a second call finds them there.
+  def finish(self, output_path: str | Path, error_path: str | Path) -> Finished:
+    """Writes both files in input order, each atomically, where they are not there as written before.
 
     The error file is written even if it is empty, so that none is left from before.
 
@@ -96,57 +112,82 @@ class Job:
       JobError: rows are unfinished.
       InputError: a path cannot be written.
     """
-    unfinished = np.flatnonzero(~self.finished_rows(num_rows))
+    finished = self._journal.finished_rows
+    unfinished = np.flatnonzero(~finished)
     if unfinished.size:
-      raise JobError(f"{self.directory}: {unfinished.size} of {num_rows} rows are unfinished, the "
+      raise JobError(f"{self.directory}: {unfinished.size} of {finished.size} rows are unfinished, the "
                      f"first at index {unfinished[0]}: run the job to its end")
-    counts = self._journal.num_finished("output"), self._journal.num_finished("error")
-    paths = [str(Path(path).absolute()) for path in (output_path, error_path)]
-    if self._manifest["finished"] == paths and all(Path(path).exists() for path in paths):
-      return Finished(*counts, was_finished=True)
-    for path in paths:
-      files.check_output(path)
-    self._journal.sync()
-    files.write_rows(Path(paths[0]), self._journal.rows("output"))
-    files.write_rows(Path(paths[1]), self._journal.rows("error"))
-    self._manifest = self._manifest | {"finished": paths}
-    _write_manifest(self.directory, self._manifest)
-    return Finished(*counts, was_finished=False)
+    before = self._manifest["finished"]
+    paths = {"output": Path(output_path), "error": Path(error_path)}
+    to_write = [kind for kind, path in paths.items() if not before or _seal(path) != before[kind]]
+    for kind in to_write:
+      files.check_output(paths[kind])
+    for kind in to_write:
+      if before:
+        logging.warning("%s is not as this job wrote it: written again from the journal", paths[kind])
+      self._journal.sync()
+      files.write_rows(paths[kind], self._journal.rows(kind))
+    if to_write:
+      self._manifest = self._manifest | {"finished": {
+          kind: _seal(path) for kind, path in paths.items()}}
+      files.write_sealed(self.directory / folder.MANIFEST, self._manifest)
+    return Finished(*map(self._journal.num_finished, paths), was_finished=not to_write)
 
 
-def open_job(directory: str | Path, identity: dict[str, Any], *, sync_secs: float = 0.5) -> Job:
+def open_job(directory: str | Path, identity: dict[str, Any], *, overwrite: bool = False,
+             sync_secs: float = 0.5) -> Job:
   """Makes a job's directory or opens it again, and locks it.
+
+  A directory in which no row has an output is taken over; a manifest that is
+  lost or damaged is made again where the journal's rows are this job's.
 
   Args:
     directory: local; made if missing.
     identity: all that the outputs depend on (hashes, settings), as JSON values.
       Package versions are kept beside it for information; they may differ.
+    overwrite: move a directory that is there aside, and start anew.
     sync_secs: least time between two waits for the disk.
 
   Raises:
     JobMismatch: the directory was made with another identity.
     JobError: another process runs the job, or its manifest is damaged.
-    JournalError: its journal is damaged.
   """
   directory = Path(directory)
-  directory.mkdir(parents=True, exist_ok=True)
-  lock_fd = _lock(directory)
+  if overwrite and os.path.lexists(directory):
+    logging.warning("%s is moved to %s", directory, folder.move_aside(directory))
+  lock_fd = folder.lock(directory)
   try:
+    folder.check(directory)
     identity = json.loads(_canonical(identity))
-    path = directory / "manifest.json"
-    if path.exists():
-      manifest = _read_manifest(path)
-      _check_identity(directory, manifest["identity"], identity)
-    elif (directory / "journal.jsonl").exists():
-      raise JobError(f"{directory} has a journal but no manifest.json: restore it, or delete the "
-                     "directory to start anew")
-    else:
-      manifest = {"identity": identity, "versions": _versions(), "finished": None}
-      _write_manifest(directory, manifest)
-    return Job(directory, lock_fd, manifest, sync_secs)
+    return Job(directory, lock_fd, _manifest(directory, identity), sync_secs)
   except BaseException:
     os.close(lock_fd)
     raise
+
+
+def _manifest(directory: Path, identity: dict[str, Any]) -> dict[str, Any]:
+  """The manifest of a locked directory, made where there is none of this job."""
+  path, old, damage = directory / folder.MANIFEST, None, None
+  try:
+    old = files.read_sealed(path, "identity", "versions", "finished")
+    if old["identity"] == identity:
+      return old
+  except files.DamagedFile as e:
+    damage = e
+  jobs, has_output = journal.survey(directory / folder.JOURNAL)
+  if jobs != {_job_id(identity)}:
+    if has_output and old is None:
+      raise JobError(f"{damage}, and its journal is not of this job alone: restore it, name another "
+                     "output, or start anew with --overwrite") from damage
+    if has_output:
+      raise JobMismatch(_difference(directory, old["identity"], identity))
+    folder.clear(directory)
+  else:
+    logging.warning("%s: made again, the journal's rows are this job's",
+                    damage or f"{path} is another job's")
+  manifest = {"identity": identity, "versions": _versions(), "finished": None}
+  files.write_sealed(path, manifest)
+  return manifest
 
 
 def hash_file(path: epath.PathLike) -> str:
@@ -162,36 +203,20 @@ def hash_file(path: epath.PathLike) -> str:
   return digest.hexdigest()
 
 
-def _lock(directory: Path) -> int:
-  fd = os.open(directory / "lock", os.O_RDWR | os.O_CREAT)
-  try:
-    fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-  except BlockingIOError as e:
-    holder = os.read(fd, 32).decode().strip()
-    os.close(fd)
-    raise JobError(f"{directory} is in use by process {holder or 'unknown'}: wait for it or stop "
-                   "it, then run the same command again") from e
-  os.truncate(fd, 0)
-  os.write(fd, str(os.getpid()).encode())
-  return fd
+def _seal(path: Path) -> dict[str, Any] | None:
+  """Size and hash of a file; None where there is none."""
+  if not path.is_file():
+    return None
+  return {"bytes": path.stat().st_size, "sha256": hash_file(path)}
 
 
 def _canonical(identity: dict[str, Any]) -> str:
   return json.dumps(identity, sort_keys=True, ensure_ascii=False, separators=(",", ":"))
 
 
-def _read_manifest(path: Path) -> dict[str, Any]:
-  try:
-    manifest = json.loads(path.read_text("utf-8"))
-    return {name: manifest[name] for name in ("identity", "versions", "finished")}
-  except (ValueError, KeyError, TypeError) as e:
-    raise JobError(f"{path} is damaged ({e!r}): restore it, or delete {path.parent} "
-                   "to start anew") from e
-
-
-def _write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
-  with files.atomic(directory / "manifest.json") as f:
-    f.write((json.dumps(manifest, indent=2, sort_keys=True, ensure_ascii=False) + "\n").encode())
+def _job_id(identity: dict[str, Any]) -> str:
+  text = _canonical(identity).encode("utf-8", "surrogatepass")  # names of files may hold any byte
+  return hashlib.sha256(text).hexdigest()[:16]
 
 
 def _versions() -> dict[str, str]:
@@ -202,15 +227,12 @@ def _versions() -> dict[str, str]:
   return versions
 
 
-def _check_identity(directory: Path, old: dict[str, Any], new: dict[str, Any]) -> None:
+def _difference(directory: Path, old: dict[str, Any], new: dict[str, Any]) -> str:
   before, after = _flatten(old), _flatten(new)
-  changed = [f"  {name}: {before.get(name, '(absent)')} -> {after.get(name, '(absent)')}"
+  changed = [f"{name}: {before.get(name, '(absent)')} -> {after.get(name, '(absent)')}"
              for name in sorted(before | after) if before.get(name) != after.get(name)]
-  if changed:
-    raise JobMismatch("\n".join([
-        f"{directory} belongs to a job with other settings (then -> now):", *changed,
-        "Restore them to go on with that job, name another output, or delete the directory "
-        "to start anew."]))
+  return (f"{directory} belongs to a job with other settings (then -> now): {'; '.join(changed)}. "
+          "Restore them to go on with that job, name another output, or start anew with --overwrite")
 
 
 def _flatten(value: Any, name: str = "") -> dict[str, str]:

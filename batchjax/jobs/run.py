@@ -3,11 +3,11 @@
 from collections.abc import Iterator
 import contextlib
 import dataclasses
-import json
 import pathlib
 import time
 from typing import Any
 
+from absl import logging
 import jax
 import numpy as np
 
@@ -19,6 +19,7 @@ from batchjax.generation import generate
 from batchjax.io import files, output, records
 from batchjax.io.records import InputError, RowError
 from batchjax.io.store import RequestReader, StoredRow
+from batchjax.jobs import folder
 from batchjax.jobs import job as job_lib
 from batchjax.jobs import prepare
 from batchjax.jobs.identity import identity
@@ -33,7 +34,8 @@ from batchjax.types import Request, StopTable
 
 
 def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str | None = None,
-        quiet: bool = False, loaders: Loaders = Loaders()) -> job_lib.Finished:
+        overwrite: bool = False, quiet: bool = False,
+        loaders: Loaders = Loaders()) -> job_lib.Finished:
   """Completes every row of a file; the same call again resumes where it stopped.
 
   Beside the output lies `<output>.job`, with the manifest, the journal of
@@ -43,7 +45,8 @@ def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str
     config: model, engine and defaults.
     input_path: `.jsonl`, `.jsonl.gz` or `.parquet`.
     output_path: likewise; written once all rows are done.
-    error_path: rows that were bad; `<output stem>.errors.jsonl` when None.
+    error_path: rows that were bad; `default_error_path` when None.
+    overwrite: move the folder of an earlier job aside and start anew.
     quiet: show no progress.
     loaders: how the model is loaded.
 
@@ -52,17 +55,18 @@ def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str
     InputError, ConfigError, BadRow, JobError: see there; no model was loaded.
   """
   error_path = error_path or default_error_path(output_path)
-  _check_paths(input_path, output_path, error_path)
+  directory = pathlib.Path(f"{output_path}.job")
+  _check_paths(input_path, output_path, error_path, directory)
   with stop_on_signal() as stop:
     model_config, tokenizer = loaders.read(config.model)
     configure_jax()
     device = jax.devices()[0]
     config = dataclasses.replace(config, engine=settle(
         model_config, config.engine, chip_of(device), memory_limit(device)))
-    with job_lib.open_job(f"{output_path}.job", identity(config, input_path)) as job:
-      prepared = _prepare_once(job, input_path, config, model_config, tokenizer)
-      with RequestReader(job.directory / "requests.arrow") as requests:
-        done = job.finished_rows(prepared.num_rows)
+    with job_lib.open_job(directory, identity(config, input_path), overwrite=overwrite) as job:
+      prepared, requests = _prepare_once(job, input_path, config, model_config, tokenizer)
+      with requests:
+        done = job.begin(prepared.num_rows)
         for error in prepared.errors:
           if not done[error.index]:
             job.append_error(error.index, output.format_error(error, job_id=job.id))
@@ -70,48 +74,47 @@ def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str
         if len(left):
           _complete(job, requests, left, prepared, config, model_config, tokenizer, quiet, loaders,
                     stop)
-      return job.finish(output_path, error_path, prepared.num_rows)
+      return job.finish(output_path, error_path)
 
 
 def default_error_path(output_path: str) -> str:
-  """`out.jsonl` has its bad rows in `out.errors.jsonl`."""
-  return output_path.removesuffix(records.file_format(output_path)) + ".errors.jsonl"
+  """`out.jsonl` has its bad rows in `out.errors.jsonl`, `out.parquet` in `out.errors.parquet`."""
+  suffix = records.file_format(output_path)
+  return f"{output_path.removesuffix(suffix)}.errors{suffix}"
 
 
-def _check_paths(input_path: str, output_path: str, error_path: str) -> None:
+def _check_paths(input_path: str, output_path: str, error_path: str,
+                 directory: pathlib.Path) -> None:
   """Raises InputError where the input cannot be read or an output not be written."""
-  for path in (output_path, error_path):
-    files.check_output(path)
-  next(records.read(input_path))
-  paths = {"input": input_path, "output": output_path, "errors": error_path}
-  if len({str(pathlib.Path(path).resolve()) for path in paths.values()}) < len(paths):
-    raise InputError(f"{paths} name one file twice: give each its own")
+  files.check_paths(input_path, {"output": output_path, "errors": error_path})
+  if pathlib.Path(f"{error_path}.job").exists():
+    raise InputError(f"{error_path} is the output of another job: name another file for the errors")
+  for path in (input_path, error_path):
+    if directory.resolve() in pathlib.Path(path).resolve().parents:
+      raise InputError(f"{path} lies in the job's own folder: name a file elsewhere")
 
 
 def _prepare_once(job: job_lib.Job, input_path: str, config: JobConfig, model: ModelConfig,
-                  tokenizer: Tokenizer) -> prepare.Prepared:
-  """Validated and tokenized rows; those of an earlier run of the job are used again."""
-  done_path = job.directory / "prepared.json"
+                  tokenizer: Tokenizer) -> tuple[prepare.Prepared, RequestReader]:
+  """Validated and tokenized rows; those of an earlier run of the job are used again if undamaged."""
+  done_path, store_path = job.directory / folder.PREPARED, job.directory / folder.REQUESTS
   if done_path.exists():
-    values = json.loads(done_path.read_text("utf-8"))
-    return prepare.Prepared(values["num_rows"], tuple(RowError(**e) for e in values["errors"]))
+    try:
+      values = files.read_sealed(done_path, "job", "sha256", "num_rows", "errors")
+      if values["job"] != job.id:
+        raise files.DamagedFile(f"{done_path} is another job's")
+      return (prepare.Prepared(values["num_rows"], tuple(RowError(**e) for e in values["errors"])),
+              RequestReader(store_path, values["sha256"]))
+    except (files.DamagedFile, TypeError) as e:  # TypeError: of another version
+      logging.warning("%s: the input is tokenized again", e)
   try:
-    prepared = prepare.prepare(input_path, job.directory / "requests.arrow", config, model,
-                               tokenizer)
-  except (ConfigError, InputError, OSError, prepare.BadRow):
-    _forget(job.directory)
+    prepared = prepare.prepare(input_path, store_path, config, model, tokenizer)
+    sha256 = job_lib.hash_file(store_path)
+    files.write_sealed(done_path, {"job": job.id, "sha256": sha256} | dataclasses.asdict(prepared))
+  except BaseException:
+    job.discard_if_empty()
     raise
-  with files.atomic(done_path) as f:
-    f.write(json.dumps(dataclasses.asdict(prepared)).encode())
-  return prepared
-
-
-def _forget(directory: pathlib.Path) -> None:
-  """Removes a job in which nothing was done, so that its input and settings may be corrected."""
-  for name in ("manifest.json", "journal.jsonl", "lock"):
-    (directory / name).unlink(missing_ok=True)
-  with contextlib.suppress(OSError):  # something else lies in it
-    directory.rmdir()
+  return prepared, RequestReader(store_path)
 
 
 def _stop_table(requests: RequestReader, model: ModelConfig, tokenizer: Tokenizer,

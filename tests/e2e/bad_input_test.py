@@ -172,7 +172,7 @@ def test_bad_paths(tmp_path, paths, message):
 def test_output_directory_without_permission(tmp_path):
   (tmp_path / "in.jsonl").write_bytes(GOOD_ROW)
   (tmp_path / "locked").mkdir(mode=0o500)
-  with pytest.raises(PermissionError, match="locked"):
+  with pytest.raises(InputError, match="locked/out.jsonl cannot be written"):
     run_paths(tmp_path, output_path="locked/out.jsonl")
 
 

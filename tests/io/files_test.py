@@ -3,11 +3,13 @@
 import gzip
 import json
 import os
+import socket
 
 import pyarrow.parquet as pq
 import pytest
 
 from batchjax.io import files
+from batchjax.io.files import DamagedFile
 from batchjax.io.records import InputError, read
 
 PLAIN = [{"id": "a", "text": "é\u2028\n", "finish_reason": "stop", "usage": {"prompt_tokens": 2}},
@@ -89,3 +91,61 @@ def test_check_output(tmp_path):
       files.check_output(path)
     assert str(path) in str(e.value)
   files.check_output(tmp_path / "o.jsonl")
+
+
+def test_sealed_objects_come_back_or_are_damaged(tmp_path):
+  path, values = tmp_path / "s.json", {"a": [1, 0.1, "\u00e9\ud800"], "b": {"c": None}}
+  files.write_sealed(path, values)
+  assert files.read_sealed(path, "a", "b") == values
+  whole = path.read_bytes()
+  json.loads(whole)
+  for at in range(8 * len(whole)):
+    data = bytearray(whole)
+    data[at // 8] ^= 1 << at % 8
+    path.write_bytes(data)
+    try:  # white space may change, and a character that JSON spells in two ways
+      assert files.read_sealed(path, "a", "b") == values
+    except DamagedFile as e:
+      assert str(path) in str(e)
+  for data in (whole[:-9], b"", b"[" * 10**5, b"[]", b"null"):
+    path.write_bytes(data)
+    with pytest.raises(DamagedFile, match="s.json is damaged"):
+      files.read_sealed(path, "a", "b")
+  path.write_bytes(whole)
+  with pytest.raises(DamagedFile, match="its fields do not fit"):
+    files.read_sealed(path, "a")
+  path.unlink()
+  with pytest.raises(DamagedFile, match="s.json is missing"):
+    files.read_sealed(path, "a", "b")
+
+
+def test_only_files_are_opened(tmp_path, monkeypatch):
+  (tmp_path / "f").write_text("x")
+  with open(tmp_path / "f", opener=files.open_regular) as f:
+    assert f.read() == "x"
+  (tmp_path / "link").symlink_to("f")
+  (tmp_path / "loop").symlink_to("loop")
+  (tmp_path / "d").mkdir()
+  os.mkfifo(tmp_path / "p")
+  with socket.socket(socket.AF_UNIX) as s:
+    monkeypatch.chdir(tmp_path)  # the path of a socket may not be long
+    s.bind("s")
+  for name, kind in (("link", "a symbolic link"), ("loop", "a symbolic link"), ("d", "a directory"),
+                     ("p", "a pipe"), ("s", "a socket")):
+    with pytest.raises(files.NotRegular, match=f"{name} is {kind}, .*: remove it"):
+      files.open_regular(tmp_path / name)
+  with pytest.raises(files.NotRegular, match="null is a device"):
+    files.open_regular("/dev/null")
+  with pytest.raises(FileNotFoundError):
+    files.open_regular(tmp_path / "none")
+
+
+def test_a_link_that_comes_between_look_and_open_is_not_followed(tmp_path, monkeypatch):
+  (tmp_path / "f").write_text("x")
+  (tmp_path / "link").symlink_to("f")
+  monkeypatch.setattr(files, "check_regular", lambda path: None)
+  with pytest.raises(OSError, match="Too many levels of symbolic links"):
+    files.open_regular(tmp_path / "link")
+  os.mkfifo(tmp_path / "p")
+  with pytest.raises(files.NotRegular, match="p was replaced while it was opened"):
+    files.open_regular(tmp_path / "p")

@@ -1,6 +1,7 @@
 """Requests come back from disk as they were spilled."""
 
 import dataclasses
+import hashlib
 import os
 import tracemalloc
 
@@ -8,6 +9,7 @@ import numpy as np
 import pytest
 
 from batchjax.io import store
+from batchjax.io.files import DamagedFile
 from batchjax.io.validate import Row
 from batchjax.types import SamplingParams
 
@@ -80,6 +82,27 @@ def test_empty_file(tmp_path):
   spill(tmp_path / "r.arrow", 0)
   with store.RequestReader(tmp_path / "r.arrow") as reader:
     assert (len(reader), list(reader), reader.prompt_lens.shape) == (0, [], (0,))
+
+
+def test_any_flipped_bit_is_found(tmp_path):
+  path, rng = tmp_path / "r.arrow", np.random.default_rng(0)
+  spill(path, 20)
+  whole = path.read_bytes()
+  sha256 = hashlib.sha256(whole).hexdigest()
+  store.RequestReader(path, sha256).close()
+  for at in rng.integers(0, 8 * len(whole), 200):
+    data = bytearray(whole)
+    data[at // 8] ^= 1 << at % 8
+    path.write_bytes(data)
+    with pytest.raises(DamagedFile, match="r.arrow is damaged: its hash does not fit"):
+      store.RequestReader(path, sha256)
+  for data in (whole[:-1], whole + b"x", b""):
+    path.write_bytes(data)
+    with pytest.raises(DamagedFile, match="r.arrow is "):
+      store.RequestReader(path, sha256)
+  path.unlink()
+  with pytest.raises(DamagedFile, match="r.arrow is missing"):
+    store.RequestReader(path, sha256)
 
 
 def test_requests_outlive_the_reader(tmp_path):

@@ -14,7 +14,7 @@ import sys
 import numpy as np
 import pytest
 
-from batchjax.io import output, records
+from batchjax.io import files, output, records
 from batchjax.io.journal import JournalError
 from batchjax.io.store import StoredRow
 from batchjax.jobs import job as job_lib
@@ -50,15 +50,16 @@ def append(job, index):
 def run(directory, out, order, stop_after=None):
   """Runs the job's unfinished rows in an order of its own; finishes unless stopped."""
   with job_lib.open_job(directory, IDENTITY) as job:
-    todo = [index for index in order if not job.finished_rows(NUM_ROWS)[index]]
+    done = job.begin(NUM_ROWS)
+    todo = [index for index in order if not done[index]]
     for index in todo[:stop_after]:
       append(job, index)
-    return None if stop_after else job.finish(out, out.with_name("err-" + out.name), NUM_ROWS)
+    return None if stop_after else job.finish(out, out.with_name("err-" + out.name))
 
 
 @pytest.mark.parametrize("name", ["o.jsonl", "o.jsonl.gz", "o.parquet"])
 def test_resumed_and_uninterrupted_jobs_write_the_same_bytes(tmp_path, name):
-  files = {}
+  written = {}
   for i, stops in enumerate([(), (1, 4, 2)]):
     out = tmp_path / str(i) / name
     out.parent.mkdir()
@@ -67,9 +68,9 @@ def test_resumed_and_uninterrupted_jobs_write_the_same_bytes(tmp_path, name):
       assert run(tmp_path / f"{i}.job", out, order, stop_after) is None
       assert not out.exists()
     assert str(run(tmp_path / f"{i}.job", out, order)) == "10 completions, 2 errors"
-    files[i] = {path.name: path.read_bytes() for path in out.parent.iterdir()}
-  assert files[0] == files[1]
-  assert set(files[0]) == {name, "err-" + name}
+    written[i] = {path.name: path.read_bytes() for path in out.parent.iterdir()}
+  assert written[0] == written[1]
+  assert set(written[0]) == {name, "err-" + name}
 
 
 def test_output_is_in_input_order_each_row_once(tmp_path):
@@ -112,10 +113,11 @@ def test_killed_between_the_two_files(tmp_path, monkeypatch):
 
 def test_finish_needs_every_row(tmp_path):
   with job_lib.open_job(tmp_path / "j", IDENTITY) as job:
+    job.begin(4)
     append(job, 0)
     append(job, 2)
     with pytest.raises(job_lib.JobError, match="2 of 4 rows are unfinished, the first at index 1"):
-      job.finish(tmp_path / "o.jsonl", tmp_path / "e.jsonl", 4)
+      job.finish(tmp_path / "o.jsonl", tmp_path / "e.jsonl")
     with pytest.raises(JournalError, match="row index 2 is in .* already"):
       append(job, 2)
   assert not (tmp_path / "o.jsonl").exists()
@@ -123,26 +125,76 @@ def test_finish_needs_every_row(tmp_path):
 
 def test_bad_paths_are_told_before_anything_is_written(tmp_path):
   with job_lib.open_job(tmp_path / "j", IDENTITY) as job:
+    job.begin(1)
     append(job, 0)
     with pytest.raises(records.InputError, match="must be one of"):
-      job.finish(tmp_path / "o.jsonl", tmp_path / "e.txt", 1)
+      job.finish(tmp_path / "o.jsonl", tmp_path / "e.txt")
   assert not (tmp_path / "o.jsonl").exists()
 
 
-def test_mismatch_shows_what_differs(tmp_path):
-  job_lib.open_job(tmp_path / "j", IDENTITY).close()
-  other = {"input": {"sha256": "cd"}, "sampling": {"temperature": 0.5, "stop": ["a", "b"]},
-           "model": {}}
+def begun(directory, *rows, identity=IDENTITY):
+  """A job stopped after these rows."""
+  with job_lib.open_job(directory, identity) as job:
+    job.begin(NUM_ROWS)
+    for index in rows:
+      append(job, index)
+
+
+OTHER = {"input": {"sha256": "cd"}, "sampling": {"temperature": 0.5, "stop": ["a", "b"]}, "model": {}}
+
+
+def test_mismatch_shows_what_differs_on_one_line(tmp_path):
+  begun(tmp_path / "j", 0)
   with pytest.raises(job_lib.JobMismatch) as e:
-    job_lib.open_job(tmp_path / "j", other)
-  assert str(e.value) == f"""{tmp_path / "j"} belongs to a job with other settings (then -> now):
-  input.sha256: "ab" -> "cd"
-  model: (absent) -> {{}}
-  sampling.stop: ["a"] -> ["a", "b"]
-  seed: 0 -> (absent)
-Restore them to go on with that job, name another output, or delete the directory to start anew."""
-  with job_lib.open_job(tmp_path / "j", IDENTITY) as job:  # the lock was let go
-    append(job, 0)
+    job_lib.open_job(tmp_path / "j", OTHER)
+  assert str(e.value) == (
+      f"{tmp_path / 'j'} belongs to a job with other settings (then -> now): "
+      'input.sha256: "ab" -> "cd"; model: (absent) -> {}; sampling.stop: ["a"] -> ["a", "b"]; '
+      "seed: 0 -> (absent). Restore them to go on with that job, name another output, or start anew "
+      "with --overwrite")
+  begun(tmp_path / "j", 1)  # the lock was let go, and the row is kept
+  with job_lib.open_job(tmp_path / "j", IDENTITY) as job:
+    assert job.begin(NUM_ROWS).sum() == 2
+
+
+@pytest.mark.parametrize("rows", [(), (3,), (3, 8)])
+def test_a_job_without_an_output_is_taken_over(tmp_path, rows):
+  begun(tmp_path / "j", *rows)  # these are error rows
+  (tmp_path / "j/prepared.json").write_text("of the other job")
+  with job_lib.open_job(tmp_path / "j", OTHER) as job:
+    assert not (tmp_path / "j/prepared.json").exists()
+    assert not job.begin(NUM_ROWS).any()
+
+
+def test_a_job_with_an_output_is_never_discarded(tmp_path):
+  for rows, is_left in (((3,), False), ((3, 4), True), ((), True)):
+    with job_lib.open_job(tmp_path / "j", IDENTITY) as job:
+      job.begin(NUM_ROWS)
+      for index in rows:
+        append(job, index)
+      before = (tmp_path / "j/journal.jsonl").read_bytes()
+      job.discard_if_empty()
+    assert (tmp_path / "j").exists() == is_left
+    assert not is_left or (tmp_path / "j/journal.jsonl").read_bytes() == before
+
+
+def test_overwrite_moves_the_folder_aside(tmp_path):
+  for number in (1, 2):
+    begun(tmp_path / "j", 0)
+    before = {path.name: path.read_bytes() for path in (tmp_path / "j").iterdir()}
+    with job_lib.open_job(tmp_path / "j", OTHER, overwrite=True) as job:
+      assert not job.begin(NUM_ROWS).any()
+    assert {path.name: path.read_bytes() for path in (tmp_path / f"j.{number}").iterdir()} == before
+    (tmp_path / "j").rename(tmp_path / f"taken{number}")
+  job_lib.open_job(tmp_path / "new", OTHER, overwrite=True).close()
+  with job_lib.open_job(tmp_path / "new", OTHER):
+    with pytest.raises(job_lib.JobError, match="in use by process"):
+      job_lib.open_job(tmp_path / "new", OTHER, overwrite=True)
+  (tmp_path / "file").write_text("x")
+  with pytest.raises(job_lib.JobError, match="file is not a folder: move it away"):
+    job_lib.open_job(tmp_path / "file", OTHER)
+  job_lib.open_job(tmp_path / "file", OTHER, overwrite=True).close()
+  assert (tmp_path / "file.1").read_text() == "x"
 
 
 def test_identity_is_json_so_tuples_and_lists_agree(tmp_path):
@@ -157,27 +209,90 @@ def test_identity_is_json_so_tuples_and_lists_agree(tmp_path):
 
 
 def test_versions_are_kept_but_do_not_matter(tmp_path):
-  job_lib.open_job(tmp_path / "j", IDENTITY).close()
+  begun(tmp_path / "j", 0)
   path = tmp_path / "j" / "manifest.json"
-  manifest = json.loads(path.read_text())
+  manifest = files.read_sealed(path, "identity", "versions", "finished")
   assert manifest["versions"]["numpy"] == np.__version__
-  path.write_text(json.dumps(manifest | {"versions": {"numpy": "0"}}))
-  job_lib.open_job(tmp_path / "j", IDENTITY).close()
+  files.write_sealed(path, manifest | {"versions": {"numpy": "0"}})
+  with job_lib.open_job(tmp_path / "j", IDENTITY) as job:
+    assert job.begin(NUM_ROWS).sum() == 1
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"identity": {}}'])
-def test_damaged_manifest(tmp_path, text):
-  job_lib.open_job(tmp_path / "j", IDENTITY).close()
-  (tmp_path / "j" / "manifest.json").write_text(text)
-  with pytest.raises(job_lib.JobError, match="manifest.json is damaged .*delete .* to start anew"):
-    job_lib.open_job(tmp_path / "j", IDENTITY)
+def damaged_manifests(whole):
+  yield from ("", "{", "[]", "[" * 10**5, '{"identity": {}}', None)
+  yield whole.replace('"seed": 0', '"seed": 1')
 
 
-def test_journal_without_manifest(tmp_path):
-  job_lib.open_job(tmp_path / "j", IDENTITY).close()
-  (tmp_path / "j" / "manifest.json").unlink()
-  with pytest.raises(job_lib.JobError, match="has a journal but no manifest.json"):
-    job_lib.open_job(tmp_path / "j", IDENTITY)
+def test_a_damaged_manifest_is_made_again_from_the_journal(tmp_path, caplog):
+  out = tmp_path / "o.jsonl"
+  run(tmp_path / "j", out, range(NUM_ROWS))
+  path = tmp_path / "j" / "manifest.json"
+  whole = path.read_text()
+  for text in damaged_manifests(whole):
+    caplog.clear()
+    path.unlink() if text is None else path.write_text(text)
+    with job_lib.open_job(tmp_path / "j", IDENTITY) as job:
+      assert job.begin(NUM_ROWS).all()
+    assert "made again, the journal's rows are this job's" in caplog.text
+    path.unlink() if text is None else path.write_text(text)
+    with pytest.raises(job_lib.JobError, match="manifest.json is .* or start anew with --overwrite"):
+      job_lib.open_job(tmp_path / "j", OTHER)
+  assert run(tmp_path / "j", out, ()) == job_lib.Finished(10, 2, was_finished=False)
+
+
+def test_a_manifest_of_another_job_yields_to_the_journal(tmp_path):
+  begun(tmp_path / "j", 0)
+  begun(tmp_path / "k", 1, identity=OTHER)
+  (tmp_path / "j/manifest.json").write_bytes((tmp_path / "k/manifest.json").read_bytes())
+  with job_lib.open_job(tmp_path / "j", IDENTITY) as job:
+    assert job.begin(NUM_ROWS).sum() == 1
+
+
+@pytest.mark.parametrize("damage_fn", [
+    lambda data: None, lambda data: data[:-9], lambda data: b"", lambda data: b"x" * len(data)])
+@pytest.mark.parametrize("name", ["o.parquet", "err-o.parquet"])
+def test_a_finished_file_that_changed_is_written_again(tmp_path, caplog, name, damage_fn):
+  out = tmp_path / "o.parquet"
+  run(tmp_path / "j", out, range(NUM_ROWS))
+  whole = {path.name: path.read_bytes() for path in tmp_path.glob("*.parquet")}
+  data = damage_fn(whole[name])
+  (tmp_path / name).unlink() if data is None else (tmp_path / name).write_bytes(data)
+  assert not run(tmp_path / "j", out, ()).was_finished
+  assert f"{tmp_path / name} is not as this job wrote it" in caplog.text
+  assert {path.name: path.read_bytes() for path in tmp_path.glob("*.parquet")} == whole
+  assert run(tmp_path / "j", out, ()).was_finished
+
+
+def test_what_is_planted_in_the_folder_is_not_opened(tmp_path):
+  begun(tmp_path / "j", 0)
+  target = tmp_path / "target"
+  target.write_text("not the job's")
+  for name in ("manifest.json", "journal.jsonl", "prepared.json", "requests.arrow", "plan.json",
+               "metrics.jsonl", "lock"):
+    path = tmp_path / "j" / name
+    for plant, kind in ((lambda: path.symlink_to(target), "a symbolic link"),
+                        (lambda: os.mkfifo(path), "a pipe"), (lambda: path.mkdir(), "a directory")):
+      path.rename(tmp_path / "kept") if path.exists() else None
+      plant()
+      with pytest.raises(files.NotRegular, match=f"{name} is {kind}, .*: remove it"):
+        job_lib.open_job(tmp_path / "j", IDENTITY)
+      path.rmdir() if kind == "a directory" else path.unlink()
+      (tmp_path / "kept").rename(path) if (tmp_path / "kept").exists() else None
+  assert target.read_text() == "not the job's"
+  with job_lib.open_job(tmp_path / "j", IDENTITY) as job:
+    assert job.begin(NUM_ROWS).sum() == 1
+
+
+def test_modes_are_the_umasks_but_for_the_lock(tmp_path):
+  previous = os.umask(0o027)
+  try:
+    run(tmp_path / "j", tmp_path / "o.jsonl", range(NUM_ROWS))
+  finally:
+    os.umask(previous)
+  paths = [*(tmp_path / "j").iterdir(), *tmp_path.glob("*.jsonl")]
+  assert {path.name: path.stat().st_mode & 0o777 for path in paths} == {
+      "lock": 0o600, "manifest.json": 0o640, "journal.jsonl": 0o640, "o.jsonl": 0o640,
+      "err-o.jsonl": 0o640}
 
 
 def test_one_process_at_a_time(tmp_path):
@@ -191,7 +306,7 @@ WORKER = """
 import sys
 from batchjax.jobs import job
 with job.open_job(sys.argv[1], {"seed": 0}) as j:
-  finished = j.finished_rows(10**6)
+  finished = j.begin(10**6)
   for i in range(10**6):
     if not finished[i]:
       j.append(i, {"id": f"r{i}", "text": "x" * (i % 50)})
@@ -213,9 +328,11 @@ def test_sigkill_loses_no_row_that_was_appended(tmp_path):
     assert int(lines[0]) in (said + 1, said + 2)  # a kill between append and print says one less
     said = int(lines[-1])
   with job_lib.open_job(tmp_path / "j", {"seed": 0}) as job:
-    num_rows = int(job.finished_rows(10**6).sum())
+    num_rows = int(job.begin(10**6).sum())
     assert num_rows in (said + 1, said + 2)
-    job.finish(tmp_path / "o.jsonl", tmp_path / "e.jsonl", num_rows)
+  with job_lib.open_job(tmp_path / "j", {"seed": 0}) as job:
+    job.begin(num_rows)
+    job.finish(tmp_path / "o.jsonl", tmp_path / "e.jsonl")
   rows = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
   assert rows == [{"id": f"r{i}", "text": "x" * (i % 50)} for i in range(num_rows)]
 

@@ -208,8 +208,8 @@ def test_identity_hashes_every_file_of_the_model(tmp_path):
 
 
 @pytest.mark.parametrize("output, error", [
-    ("d/out.jsonl", "d/out.errors.jsonl"), ("a.b.jsonl.gz", "a.b.errors.jsonl"),
-    ("v1.2.parquet", "v1.2.errors.jsonl")])
+    ("d/out.jsonl", "d/out.errors.jsonl"), ("a.b.jsonl.gz", "a.b.errors.jsonl.gz"),
+    ("v1.2.parquet", "v1.2.errors.parquet")])
 def test_default_error_path(output, error):
   assert default_error_path(output) == error
 
