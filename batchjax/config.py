@@ -324,7 +324,7 @@ def _convert(hint: Any, value: Any, where: str) -> Any:
     _require(len(kinds) == len(value), f"{where} must have {len(kinds)} entries, got {value!r}")
     return tuple(_convert(kind, v, f"{where}[{i}]") for i, (kind, v) in enumerate(zip(kinds, value)))
   if hint is float and isinstance(value, int) and not isinstance(value, bool):
-    value = float(value)
+    value = float(value) if abs(value) < 10**308 else math.inf
   _require(type(value) is hint, f"{where} must be {hint.__name__}, got {value!r}")
   _require(hint is not float or math.isfinite(value), f"{where} must be finite, got {value!r}")
   return value

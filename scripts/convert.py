@@ -4,21 +4,27 @@
     python scripts/convert.py --source=model_hf --target=model_orbax --format=orbax --dtype=bfloat16
 
 The tokenizer, the chat template and generation_config.json go along.
+
+Exit codes: 0 done, 2 refused or failed, with one line that says why, 130 interrupted.
 """
+
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # while modules load, Ctrl-C just ends the process
 
 import dataclasses
 import json
 import pathlib
 import shutil
 
-from absl import app
 from absl import flags
 from absl import logging
 
 from batchjax.config import ConfigError, ModelSource
+from batchjax.jobs import command_line
 from batchjax.text.tokenizer import load_tokenizer
-from batchjax.weights import (WeightError, load_hf_config, load_model, save_hf, save_orbax,
-                              source_format, stored_dtype)
+from batchjax.weights import (load_hf_config, load_model, save_hf, save_orbax, source_format,
+                              stored_dtype)
 
 _SOURCE = flags.DEFINE_string("source", None, "Hugging Face folder, .gguf file or Orbax "
                               "checkpoint.", required=True)
@@ -33,17 +39,12 @@ _TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.js
                "chat_template.json", "generation_config.json")
 
 
-def main(argv: list[str]) -> None:
-  if len(argv) > 1:
-    raise app.UsageError(f"unexpected arguments: {argv[1:]}")
+def main() -> None:
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step
   source, target = (pathlib.Path(flag.value).expanduser() for flag in (_SOURCE, _TARGET))
   if target.exists() and (not target.is_dir() or any(target.iterdir())):
-    raise app.UsageError(f"--target={target} exists and is not an empty folder")
-  try:
-    convert(source, target, _FORMAT.value, _DTYPE.value)
-  except (ConfigError, WeightError) as error:
-    raise app.UsageError(str(error)) from error
+    raise ConfigError(f"--target={target} exists and is not an empty folder: name another")
+  convert(source, target, _FORMAT.value, _DTYPE.value)
 
 
 def convert(path: pathlib.Path, target: pathlib.Path, target_format: str,
@@ -85,4 +86,4 @@ def write_gguf_texts(path: pathlib.Path, folder: pathlib.Path,
 
 
 if __name__ == "__main__":
-  app.run(main)
+  command_line.launch(main)

@@ -6,23 +6,29 @@
 Prints for every shape of the plan whether it fits the memory, its flops, bytes and floor, and the
 seconds that the workload takes at least; with --kernel the attention kernel's inner loops. Needs
 libtpu; nothing runs. A tpu7x chip is two devices: this is about one of them.
+
+Exit codes: 0 done, 2 refused or failed, with one line that says why, 130 interrupted.
 """
+
+import signal
+
+signal.signal(signal.SIGINT, signal.SIG_DFL)  # while modules load, Ctrl-C just ends the process
 
 import dataclasses
 import os
 import pathlib
 import tempfile
 
-from absl import app
 from absl import flags
 import jax
 from ml_collections import config_flags
 
 from batchjax.bench import workload_flags
 from batchjax.bench.workloads import Draw, WORKLOADS
-from batchjax.config import ConfigError, from_config_dict, JobConfig
+from batchjax.config import ConfigError
 from batchjax.engine.absent import compile_absent
 from batchjax.engine.sampling_inputs import SamplingFeatures
+from batchjax.jobs import command_line
 from batchjax.plan import memory, planner
 from batchjax.plan.cost import CHIPS
 from batchjax.weights import load_config
@@ -55,12 +61,12 @@ def report_bucket(bucket, chip, *args) -> None:
         f"floor {floor * 1e3:.2f} ms", flush=True)
 
 
-def main(_: list[str]) -> None:
+def main() -> None:
   with tempfile.TemporaryDirectory() as folder:
     if _KERNEL.value:
       os.environ["LIBTPU_INIT_ARGS"] = tpu_analysis.dump_flags(folder)
     device = tpu_analysis.absent_device(_CHIP.value)
-    job = from_config_dict(JobConfig, _CONFIG.value.to_dict())
+    job = command_line.job_config(_CONFIG.value)
     config = dataclasses.replace(load_config(job.model), dtype="bfloat16")
     print(f"{config.family}, {config.num_params / 1e9:.2f}e9 parameters, bfloat16, on "
           f"{device.device_kind}; static analysis, nothing ran on a TPU", flush=True)
@@ -90,4 +96,4 @@ def main(_: list[str]) -> None:
 
 if __name__ == "__main__":
   flags.mark_flag_as_required("config")
-  app.run(main)
+  command_line.launch(main)

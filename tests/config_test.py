@@ -46,6 +46,7 @@ def test_a_field_that_is_none_can_be_set_and_keeps_its_type():
     (dict(limits__max_template_secs=-1), r"limits\.max_template_secs must be positive, got -1"),
     (dict(sampling__temperature=-1.0), r"config\.sampling\.temperature must be at least 0"),
     (dict(sampling__temperature=float("nan")), r"config\.sampling\.temperature must be finite"),
+    (dict(sampling__temperature=10**400), r"config\.sampling\.temperature must be finite"),
     (dict(model__format="pickle"), r"config\.model\.format must be one of .*'gguf'.*'pickle'"),
     (dict(model__path=""), r"model\.path is empty: name a Hugging Face folder"),
     (dict(sampling__stop="Q:"), r"config\.sampling\.stop must be a list, got 'Q:'"),

@@ -2,10 +2,10 @@
 
 import functools
 
-from absl import app
 from absl import flags
 
 from batchjax.bench.workloads import default_sizes, WORKLOADS
+from batchjax.config import ConfigError
 
 _DEFINE = {bool: flags.DEFINE_bool,
            int: functools.partial(flags.DEFINE_integer, lower_bound=1),
@@ -27,12 +27,12 @@ def sizes_of(workload: str) -> dict[str, int | float | bool]:
   """The sizes of a workload: its own, save for those that flags give.
 
   Raises:
-    absl.app.UsageError: a flag names a size that the workload does not have.
+    ConfigError: a flag names a size that the workload does not have.
   """
   sizes = default_sizes(workload)
   given = {size: flags.FLAGS[size].value for name in WORKLOADS for size in default_sizes(name)
            if flags.FLAGS[size].value is not None}
   if unknown := sorted(set(given) - set(sizes)):
-    raise app.UsageError(f"--workload={workload} has no {', '.join(unknown)}; "
-                         f"it has {', '.join(sizes)}")
+    raise ConfigError(f"--workload={workload} has no {', '.join(unknown)}; "
+                      f"it has {', '.join(sizes)}")
   return sizes | given

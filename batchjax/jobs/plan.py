@@ -13,6 +13,7 @@ from batchjax.jobs.run import Loaders
 from batchjax.plan import memory, planner
 from batchjax.plan.cost import Chip
 from batchjax.plan.summary import plan_summary
+from batchjax.report.terminal import printable
 
 
 def plan_file(config: JobConfig, input_path: str, directory: pathlib.Path, chip: Chip,
@@ -65,7 +66,7 @@ def to_text(plan: dict[str, Any]) -> str:
   gib = lambda name: f"{plan['memory'][name] / 2**30:.2f} GiB"
   lines = [
       f"rows      {plan['rows']:,}: {plan['requests']:,} requests, {len(plan['errors']):,} errors",
-      *(f"          {error}" for error in plan["errors"][:10]),
+      *(f"          {printable(error)}" for error in plan["errors"][:10]),
       f"prompt    {asked:,} tokens asked, {computed:,} computed "
       f"({1 - computed / max(asked, 1):.1%} shared), {plan['optimum']:,} at best",
       f"output    {plan['decode_tokens_at_most']:,} tokens at most",

@@ -22,7 +22,7 @@ def score_file(config: JobConfig, input_path: str, output_path: str,
     BadRow: a row is bad; nothing was scored.
     InputError: a path cannot be read or written.
   """
-  files.check_output(output_path)
+  files.check_paths(input_path, {"output": output_path})
   model_config, tokenizer = loaders.read(config.model)
   requests: dict[str, ScoreRequest] = {}
   for record in records.read(input_path, config.limits.max_line_bytes):

@@ -12,7 +12,12 @@ import os
 import pathlib
 from typing import Any, ClassVar, Literal
 
+from batchjax.config import from_config_dict
+from batchjax.io import files
+
 METRICS_FILE = "metrics.jsonl"
+_MOST = 1e15  # no count of a job is larger, and pictures can be drawn up to here
+_MOST_SECS = 1e11  # nor is a time; a calendar goes on for longer
 
 
 class MetricsError(ValueError):
@@ -181,7 +186,7 @@ class MetricsWriter:
     self._path = pathlib.Path(path)
     if self._path.exists():
       _cut_torn_line(self._path)
-    self._file = self._path.open("a", encoding="utf-8", buffering=1)
+    self._file = open(self._path, "a", encoding="utf-8", buffering=1, opener=files.open_regular)
 
   def __enter__(self) -> "MetricsWriter":
     return self
@@ -205,14 +210,20 @@ def read_records(path: str | os.PathLike) -> Iterator[Record]:
     FileNotFoundError: there is no such file.
   """
   classes = {cls.TAG: cls for cls in (RunRecord, CompileRecord, StepRecord, RequestRecord)}
-  with open(path, encoding="utf-8", newline="\n", errors="replace") as file:
+  with open(path, encoding="utf-8", newline="\n", errors="replace",
+            opener=files.open_regular) as file:
     for number, line in enumerate(file, start=1):
       if not line.endswith("\n"):
         return
       try:
         values = json.loads(line)
-        record = classes[values.pop("record")](**values)
-      except (ValueError, KeyError, TypeError, AttributeError) as error:
+        cls = classes[values.pop("record")]
+        record = from_config_dict(cls, values, cls.TAG)
+        for name, value in values.items():
+          most = _MOST_SECS if name == "time" or name.endswith("secs") else _MOST
+          if isinstance(value, (int, float)) and not 0 <= value <= most:
+            raise ValueError(f"{name} is {value}")
+      except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise MetricsError(f"{path}, line {number} is not a record of this version of batchjax "
                            f"({error!r}); move the file away to report without it") from error
       yield record
@@ -242,7 +253,7 @@ def read_runs(path: str | os.PathLike) -> tuple[Run, ...]:
 
 def _cut_torn_line(path: pathlib.Path) -> None:
   chunk_bytes = 1 << 16
-  with path.open("r+b") as file:
+  with open(path, "r+b", opener=files.open_regular) as file:
     end = file.seek(0, os.SEEK_END)
     while end:
       start = max(0, end - chunk_bytes)

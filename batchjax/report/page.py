@@ -14,6 +14,7 @@ from typing import Any
 import jinja2
 import markupsafe
 
+from batchjax.io import files
 from batchjax.report import plots
 from batchjax.report.metrics import Run, RunRecord
 from batchjax.report.sharing import PLAN_FILE, PlanFile, PlanFileError, read_plan_file
@@ -54,11 +55,10 @@ def write_page(job_dir: str | os.PathLike, path: str | os.PathLike) -> None:
     FileNotFoundError: there is no such job directory.
     MetricsError: the metrics file is damaged before its last line.
   """
-  path = pathlib.Path(path)
-  partial = path.with_name(path.name + ".partial")
   # JSON lets an id hold half a surrogate pair, which no encoding writes.
-  partial.write_text(render_page(job_dir), encoding="utf-8", errors="replace")
-  partial.replace(path)
+  text = render_page(job_dir).encode("utf-8", errors="replace")
+  with files.atomic(pathlib.Path(path)) as f:
+    f.write(text)
 
 
 def _tiles(s: Summary) -> list[tuple[str, str, str]]:
@@ -100,21 +100,22 @@ def _missing(reason: str) -> markupsafe.Markup:
 
 def _read_plan(path: pathlib.Path) -> tuple[PlanFile | None, str]:
   """The plan, or None and why there is none."""
-  if not path.exists():
-    return None, f"{path.name} is not in the job directory: no plan is written yet"
   try:
     return read_plan_file(path), ""
-  except PlanFileError as error:
+  except FileNotFoundError:
+    return None, f"{path.name} is not in the job directory: no plan is written yet"
+  except (PlanFileError, OSError) as error:
     return None, str(error)
 
 
 def _read_settings(path: pathlib.Path) -> tuple[list[tuple[str, str]], str]:
   """Dotted names and values of the manifest, or an empty list and why."""
-  if not path.exists():
-    return [], f"{path.name} is not in the job directory"
   try:
-    return _flatten("", json.loads(path.read_text(encoding="utf-8"))), ""
-  except ValueError as error:
+    with open(path, "rb", opener=files.open_regular) as f:
+      return _flatten("", json.loads(f.read())), ""
+  except FileNotFoundError:
+    return [], f"{path.name} is not in the job directory"
+  except (ValueError, RecursionError, OSError) as error:
     return [], f"{path.name} is not JSON: {error}"
 
 

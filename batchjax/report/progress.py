@@ -11,6 +11,7 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
+from batchjax.report import terminal
 from batchjax.report.metrics import CompileRecord, RequestRecord, RunRecord, StepRecord, to_json
 from batchjax.report.tracker import Snapshot, Tracker
 
@@ -31,7 +32,9 @@ class Progress:
 
   def __init__(self, run: RunRecord, *, quiet: bool = False, interval_secs: float = 10.0,
                stream: TextIO | None = None):
-    self._stream = sys.stderr if stream is None else stream
+    stream = sys.stderr if stream is None else stream
+    is_outlet = isinstance(stream, terminal.Outlet)
+    self._stream = stream.unescaped if is_outlet else terminal.Outlet(stream, escapes=False)
     self._tracker = Tracker(run)
     self._interval_secs = interval_secs
     self._next_secs = interval_secs
@@ -44,13 +47,17 @@ class Progress:
 
   def __enter__(self) -> "Progress":
     if self._live:
+      self._streams = sys.stdout, sys.stderr
       self._live.start(refresh=True)
+      # It takes what others print to above the bar, past the outlets that were there before.
+      sys.stdout, sys.stderr = map(terminal.Outlet, (sys.stdout, sys.stderr))
     return self
 
   def __exit__(self, exc_type, *exc_info) -> None:
     self._snapshot = self._tracker.snapshot()
     if self._live:
       self._live.stop()
+      sys.stdout, sys.stderr = self._streams
     if self._writes_lines:
       self._write_line("end" if exc_type is None else "stopped")
 

@@ -21,6 +21,9 @@ import json
 import os
 from typing import Any
 
+from batchjax.config import from_config_dict
+from batchjax.io import files
+
 PLAN_FILE = "plan.json"
 
 
@@ -71,14 +74,19 @@ def read_plan_file(path: str | os.PathLike) -> PlanFile:
     FileNotFoundError: there is no such file.
     PlanFileError: it is not of the form above.
   """
-  with open(path, encoding="utf-8") as file:
-    text = file.read()
+  with open(path, encoding="utf-8", opener=files.open_regular) as file:
+    try:
+      values = json.loads(file.read())
+    except (ValueError, RecursionError) as error:
+      raise PlanFileError(f"{os.path.basename(path)} is not a plan file: {error!r}") from error
   try:
-    values = json.loads(text)
-    nodes = tuple(SharedNode(**node) for node in values["nodes"])
-    totals = values["totals"]
+    nodes = tuple(from_config_dict(SharedNode, node, "node") for node in values["nodes"])
+    totals = {name: values["totals"][name]
+              for name in ("prompt_tokens_asked", "prompt_tokens_computed", "optimum")}
+    if not all(type(value) is int for value in totals.values()):
+      raise ValueError(f"totals are {totals}")
     plan = PlanFile(
-        nodes, totals["prompt_tokens_asked"], totals["prompt_tokens_computed"], totals["optimum"],
+        nodes, *totals.values(),
         tuple(dict(bucket) for bucket in values.get("buckets", ())),
         {k: v for k, v in values.items() if isinstance(v, (int, float, str))})
   except (ValueError, KeyError, TypeError, AttributeError) as error:

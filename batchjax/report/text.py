@@ -2,6 +2,7 @@
 
 from batchjax.report.metrics import RequestRecord
 from batchjax.report.summary import StepTotals, Summary
+from batchjax.report.terminal import printable
 
 _LABEL_WIDTH = 10
 
@@ -11,7 +12,8 @@ def to_text(summary: Summary, *, num_slowest: int = 3) -> str:
   lines = [("job", f"{summary.name}: {_state(summary)}")]
   if summary.runs:
     lines += _lines(summary, num_slowest)
-  return "\n".join(f"{label:<{_LABEL_WIDTH}}{text}" for label, text in lines)
+  # Ids and names are the user's text: nothing in them may steer the terminal.
+  return "\n".join(f"{label:<{_LABEL_WIDTH}}{printable(text)}" for label, text in lines)
 
 
 def _lines(s: Summary, num_slowest: int) -> list[tuple[str, str]]:
@@ -53,7 +55,5 @@ def _kind(totals: StepTotals) -> str:
 
 
 def _slow(r: RequestRecord) -> str:
-  # An id is the user's text: nothing in it may steer the terminal.
-  name = r.request_id if r.request_id.isprintable() else ascii(r.request_id)
-  return (f"{name} {r.end_secs - r.start_secs:,.1f} s "
+  return (f"{r.request_id} {r.end_secs - r.start_secs:,.1f} s "
           f"({r.prompt_tokens:,} prompt, {r.generated_tokens:,} output tokens)")

@@ -40,7 +40,7 @@ def done(tmp_path_factory, script, tiny_config):
 
 def test_run_writes_completions_errors_and_a_report(done):
   folder, _, process = done
-  assert process.returncode == 0, process.stderr
+  assert process.returncode == 3, process.stderr  # with an error row
   rows = read_rows(folder / "out.jsonl")
   assert [row.get("custom_id") or row["id"] for row in rows] == ["a", "b", "d"]
   assert rows[0]["usage"]["completion_tokens"] == 8  # the configuration's default
@@ -62,7 +62,7 @@ def test_the_same_command_again_has_nothing_to_do(done, script):
   folder, flags, _ = done
   before = {path: path.stat().st_mtime_ns for path in folder.glob("out*") if path.is_file()}
   process = script("run", *flags)
-  assert process.returncode == 0, process.stderr
+  assert process.returncode == 3, process.stderr
   assert "already finished: 3 completions, 1 errors; nothing to do" in process.stdout
   assert {path: path.stat().st_mtime_ns for path in before} == before
 
@@ -89,7 +89,7 @@ def test_overrides_and_quiet(tmp_path, script, tiny_config, done):
   process = script("run", f"--config={tiny_config}", f"--input={tmp_path / 'in.jsonl'}",
                    f"--output={tmp_path / 'out.jsonl'}", f"--errors={tmp_path / 'bad.jsonl'}",
                    "--quiet", "--config.engine.max_rows=4", "--config.engine.page_size=4")
-  assert process.returncode == 0, process.stderr
+  assert process.returncode == 3, process.stderr
   assert process.stdout == "" and "{" not in process.stderr
   run_record = read_rows(tmp_path / "out.jsonl.job/metrics.jsonl")[0]
   assert (run_record["max_rows"], run_record["page_size"]) == (4, 4)
@@ -99,7 +99,7 @@ def test_overrides_and_quiet(tmp_path, script, tiny_config, done):
 
 
 @pytest.mark.parametrize("flag, message", [
-    ("--config.engine.max_row=4", "max_row"),
+    ("--config.engine.max_row=4", "did you mean --config.engine.max_rows or"),
     ("--config.engine.max_rows=0", "engine.max_rows must be positive, got 0"),
     ("--config.model.path=/nowhere", "model.path='/nowhere' is neither a .gguf file nor a folder"),
     ("--strict", "row 3 (c): max_tokens must be an integer"),
@@ -109,8 +109,8 @@ def test_bad_flags_say_what_is_wrong(tmp_path, script, tiny_config, flag, messag
   write_rows(tmp_path / "in.jsonl", ROWS)
   process = script("run", f"--config={tiny_config}", f"--input={tmp_path / 'in.jsonl'}",
                    f"--output={tmp_path / 'out.jsonl'}", flag)
-  assert process.returncode != 0
-  assert message in process.stderr
+  assert process.returncode == 2
+  assert message in process.stderr and process.stderr.count("\n") == 1
   assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl"}
 
 
@@ -140,7 +140,7 @@ def test_a_converted_model_writes_the_same_texts(tmp_path, script, tiny_model, t
   process = script("run", f"--config={tiny_config}", f"--config.model.path={tmp_path / 'there'}",
                    f"--input={tmp_path / 'in.jsonl'}", f"--output={tmp_path / 'out.jsonl'}",
                    "--quiet")
-  assert process.returncode == 0, process.stderr
+  assert process.returncode == 3, process.stderr
   rows, before = read_rows(tmp_path / "out.jsonl"), read_rows(done[0] / "out.jsonl")
   assert rows[0]["text"] == before[0]["text"] and rows[2] == before[2]
   assert rows[1]["response"]["body"]["choices"] == before[1]["response"]["body"]["choices"]
