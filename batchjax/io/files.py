@@ -68,12 +68,23 @@ def open_regular(path: str | Path, flags: int = os.O_RDONLY, mode: int = 0o666) 
 
 
 @contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+  """Gives errors of writing, which have none, the file's name."""
+  try:
+    yield
+  except OSError as e:
+    if e.strerror and e.filename is None:
+      e.filename = str(path)
+    raise
+
+
+@contextlib.contextmanager
 def atomic(path: Path) -> Iterator[BinaryIO]:
   """A file that takes its name once the block ends without an error and its bytes are on disk."""
   temporary = path.with_name(path.name + ".tmp")
   temporary.unlink(missing_ok=True)  # a killed run leaves one
   try:
-    with open(temporary, "xb", opener=open_regular) as f:
+    with naming(path), open(temporary, "xb", opener=open_regular) as f:
       yield f
       f.flush()
       os.fsync(f.fileno())

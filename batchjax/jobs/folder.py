@@ -35,8 +35,9 @@ def lock(directory: Path) -> int:
     fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
     if not path.exists() or not os.path.samestat(os.fstat(fd), path.lstat()):
       raise JobError(f"{directory} was removed by another process: run the same command again")
-    os.truncate(fd, 0)
-    os.write(fd, str(os.getpid()).encode())
+    with files.naming(path):
+      os.truncate(fd, 0)
+      os.write(fd, str(os.getpid()).encode())
   except BlockingIOError as e:
     holder = re.match(rb"\d+", os.read(fd, 32))
     os.close(fd)

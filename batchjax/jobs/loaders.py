@@ -7,6 +7,7 @@ import pathlib
 from typing import Any
 
 from absl import logging
+import jax
 
 from batchjax import weights
 from batchjax.config import ConfigError, ModelConfig, ModelSource
@@ -61,6 +62,15 @@ class Loaders:
         model.config, eos_token_ids=config.eos_token_ids))
 
 
-def configure_jax() -> None:
-  """Gives JAX most of the device's memory; to be called before the first use of a device."""
+def configure_jax() -> jax.Device:
+  """Gives JAX most of the device's memory; to be called before the first use of a device, which it returns.
+
+  Raises:
+    ConfigError: there is none.
+  """
   os.environ.setdefault("XLA_PYTHON_CLIENT_MEM_FRACTION", str(DEVICE_SHARE))
+  try:
+    return jax.devices()[0]
+  except RuntimeError as e:  # JAX_PLATFORMS names what is not here
+    raise ConfigError(f"JAX finds no device ({e}): set JAX_PLATFORMS to what this machine has, such as "
+                      "cpu") from e

@@ -59,8 +59,7 @@ def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str
   _check_paths(input_path, output_path, error_path, directory)
   with stop_on_signal() as stop:
     model_config, tokenizer = loaders.read(config.model)
-    configure_jax()
-    device = jax.devices()[0]
+    device = configure_jax()
     config = dataclasses.replace(config, engine=settle(
         model_config, config.engine, chip_of(device), memory_limit(device)))
     with job_lib.open_job(directory, identity(config, input_path), overwrite=overwrite) as job:

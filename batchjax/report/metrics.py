@@ -196,10 +196,12 @@ class MetricsWriter:
 
   def write(self, record: Record) -> None:
     """Appends one record."""
-    self._file.write(to_json({"record": record.TAG, **dataclasses.asdict(record)}) + "\n")
+    with files.naming(self._path):
+      self._file.write(to_json({"record": record.TAG, **dataclasses.asdict(record)}) + "\n")
 
   def close(self) -> None:
-    self._file.close()
+    with files.naming(self._path):
+      self._file.close()
 
 
 def read_records(path: str | os.PathLike) -> Iterator[Record]:

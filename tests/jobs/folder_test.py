@@ -105,6 +105,7 @@ def test_no_file_may_grow_and_then_it_may(tmp_path, expected, loss):
       fake_folder.run(tmp_path)
     except command_line.ERRORS as e:
       told.add(type(e).__name__)
+      assert str(tmp_path) in str(e)
     finally:
       resource.setrlimit(resource.RLIMIT_FSIZE, (hard, hard))
     data = journal.read_bytes() if journal.exists() else b""

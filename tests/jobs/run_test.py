@@ -12,7 +12,7 @@ from batchjax import report
 from batchjax.config import ConfigError, EngineConfig, JobConfig, ModelSource
 from batchjax.jobs.identity import identity
 from batchjax.jobs.job import JobMismatch
-from batchjax.jobs.loaders import Loaders, read_tokenizer
+from batchjax.jobs.loaders import configure_jax, Loaders, read_tokenizer
 from batchjax.jobs.run import default_error_path, run
 from batchjax.jobs.signals import Interrupted
 from batchjax.testing.fake_model import FakeModel, fake_config
@@ -220,6 +220,15 @@ def test_a_tokenizer_that_cannot_be_read_names_the_field(tmp_path):
   (tmp_path / "t.txt").write_text("")
   with pytest.raises(ConfigError, match="model.tokenizer: .*t.txt is no known kind of tokenizer"):
     read_tokenizer(ModelSource(path="m", tokenizer=str(tmp_path / "t.txt")))
+
+
+def test_no_device_names_the_setting(monkeypatch):
+  def fail():
+    raise RuntimeError("Unable to initialize backend 'cuda'")
+
+  monkeypatch.setattr("jax.devices", fail)
+  with pytest.raises(ConfigError, match="no device .*'cuda'.*: set JAX_PLATFORMS"):
+    configure_jax()
 
 
 def test_metrics_tell_of_every_request(undisturbed):
