@@ -4,6 +4,7 @@ from collections.abc import Iterator
 import contextlib
 import dataclasses
 import signal
+import sys
 
 
 class Interrupted(KeyboardInterrupt):
@@ -33,10 +34,25 @@ def stop_on_signal() -> Iterator[Stop]:
     if not stop.is_deferred:
       raise Interrupted
 
+  def raise_again(number, frame):
+    if not stop.is_deferred:
+      raise Interrupted
+
+  def note_lost(lost):
+    # Raised inside a callback of the garbage collector, from which no exception comes out.
+    if isinstance(lost.exc_value, Interrupted):
+      signal.setitimer(signal.ITIMER_REAL, 0.01)
+    else:
+      previous_hook(lost)
+
+  previous_hook, sys.unraisablehook = sys.unraisablehook, note_lost
   for number in (signal.SIGINT, signal.SIGTERM):
     previous[number] = signal.signal(number, note)
+  previous[signal.SIGALRM] = signal.signal(signal.SIGALRM, raise_again)
   try:
     yield stop
   finally:
+    signal.setitimer(signal.ITIMER_REAL, 0)
+    sys.unraisablehook = previous_hook
     for number, handler in previous.items():
       signal.signal(number, handler)

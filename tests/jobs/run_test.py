@@ -2,9 +2,11 @@
 
 import dataclasses
 import functools
+import gc
 import json
 import os
 import signal
+import time
 
 import pytest
 
@@ -14,7 +16,7 @@ from batchjax.jobs.identity import identity
 from batchjax.jobs.job import JobMismatch
 from batchjax.jobs.loaders import configure_jax, Loaders, read_tokenizer
 from batchjax.jobs.run import default_error_path, run
-from batchjax.jobs.signals import Interrupted
+from batchjax.jobs.signals import Interrupted, stop_on_signal
 from batchjax.testing.fake_model import FakeModel, fake_config
 from batchjax.testing.fake_tokenizer import FakeTokenizer
 from batchjax.types import SamplingParams
@@ -110,6 +112,25 @@ def test_a_second_signal_acts_as_without_a_job(tmp_path, cache, sigterm):
   with pytest.raises(Interrupted):
     run_job(tmp_path, make_config(cache), ImpatientTokenizer)
   assert sigterm == [signal.SIGTERM]
+
+
+def test_a_signal_inside_the_garbage_collector_is_not_lost(capfd, sigterm):
+  sent = []
+
+  def collect(phase, info):
+    if not sent:
+      sent.append(phase)
+      os.kill(os.getpid(), signal.SIGTERM)
+
+  gc.callbacks.append(collect)
+  try:
+    with pytest.raises(Interrupted):
+      with stop_on_signal():
+        gc.collect()
+        time.sleep(60)
+  finally:
+    gc.callbacks.remove(collect)
+  assert sigterm == [] and "Interrupted" not in capfd.readouterr().err
 
 
 def test_a_signal_before_the_first_step_stops_at_once(tmp_path, cache, sigterm):
