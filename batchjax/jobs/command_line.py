@@ -28,7 +28,7 @@ from batchjax.weights import WeightError
 ERROR_ROWS, REFUSED, INTERRUPTED = 3, 2, 130
 
 ERRORS = (ConfigError, InputError, JobError, JournalError, DamagedFile, BadRow, WeightError,
-           MetricsError, OSError)
+          MetricsError, OSError, MemoryError)
 _REMEDIES = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "make room and run the same command again"),
     **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS),
@@ -80,6 +80,8 @@ def _guarded(main: Callable[[], object], errors: tuple[type[Exception], ...],
 
 
 def _describe(error: Exception) -> str:
+  if isinstance(error, MemoryError):
+    return f"{error}: the memory is not enough: lower engine.plan_window, or split the input".lstrip(": ")
   if not isinstance(error, OSError) or not error.strerror:
     return str(error)
   where = f"{error.filename}: " if error.filename is not None else ""

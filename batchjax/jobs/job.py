@@ -127,11 +127,12 @@ class Job:
         logging.warning("%s is not as this job wrote it: written again from the journal", paths[kind])
       self._journal.sync()
       files.write_rows(paths[kind], self._journal.rows(kind))
+    counts = [self._journal.num_finished(kind) for kind in paths]
     if to_write:
-      self._manifest = self._manifest | {"finished": {
+      self._manifest = self._manifest | {"finished": {"num_outputs": counts[0]} | {
           kind: _seal(path) for kind, path in paths.items()}}
       files.write_sealed(self.directory / folder.MANIFEST, self._manifest)
-    return Finished(*map(self._journal.num_finished, paths), was_finished=not to_write)
+    return Finished(*counts, was_finished=not to_write)
 
 
 def open_job(directory: str | Path, identity: dict[str, Any], *, overwrite: bool = False,
@@ -175,6 +176,8 @@ def _manifest(directory: Path, identity: dict[str, Any]) -> dict[str, Any]:
   except files.DamagedFile as e:
     damage = e
   jobs, has_output = journal.survey(directory / folder.JOURNAL)
+  # The journal of a finished job may be gone, but not its output.
+  has_output |= bool(old and old["finished"] and old["finished"]["num_outputs"])
   if jobs != {_job_id(identity)}:
     if has_output and old is None:
       raise JobError(f"{damage}, and its journal is not of this job alone: restore it, name another "

@@ -1,5 +1,6 @@
 """The scripts' shared frame: errors on one line, exit codes, streams that go away, hostile text."""
 
+import ast
 import json
 import multiprocessing
 import pathlib
@@ -117,6 +118,13 @@ def test_every_script_has_the_frame(script, name):
   assert (code, stderr) == (0, "") and "Exit codes: 0 " in stdout
   code, stdout, stderr = script(name, "--no_such_\x1b")
   assert (code, stdout) == (2, "") and is_one_line(stderr) and r"\x1b" in stderr
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_an_interrupt_while_modules_load_just_ends_the_process(name):
+  _, first, second, *_ = ast.parse((ROOT / f"scripts/{name}.py").read_text()).body
+  assert [ast.unparse(node) for node in (first, second)] == [
+      "import signal", "signal.signal(signal.SIGINT, signal.SIG_DFL)"]
 
 
 def test_exit_codes_of_a_job(tmp_path, script, flags, expected):

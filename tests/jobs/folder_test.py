@@ -12,6 +12,7 @@ from batchjax.io.records import InputError
 from batchjax.jobs import command_line, loaders
 from batchjax.jobs.job import JobMismatch
 from batchjax.jobs.prepare import BadRow
+from batchjax.jobs.score import score_file
 from batchjax.jobs.signals import Interrupted
 from batchjax.testing.fake_tokenizer import FakeTokenizer
 from tests.jobs import fake_folder
@@ -182,6 +183,14 @@ def test_paths_are_refused_before_the_work(tmp_path, paths, make_fn, message):
         name: path if name == "output" else str(tmp_path / path) for name, path in paths.items()})
   assert "\n" not in str(error.value)
   assert sorted(tmp_path.rglob("*")) == before
+
+
+def test_scores_do_not_replace_their_input(tmp_path):
+  path = tmp_path / "in.jsonl"
+  path.write_text('{"id": "a", "prompt": "x", "continuation": "y"}\n')
+  with pytest.raises(InputError, match="name one file twice"):
+    score_file(None, str(path), str(path))
+  assert path.read_text().startswith('{"id"')
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

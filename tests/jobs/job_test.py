@@ -166,6 +166,15 @@ def test_a_job_without_an_output_is_taken_over(tmp_path, rows):
     assert not job.begin(NUM_ROWS).any()
 
 
+def test_a_finished_job_is_not_taken_over_though_its_journal_is_gone(tmp_path):
+  run(tmp_path / "j", tmp_path / "o.jsonl", range(NUM_ROWS))
+  (tmp_path / "j/journal.jsonl").unlink()
+  with pytest.raises(job_lib.JobMismatch):
+    job_lib.open_job(tmp_path / "j", OTHER)
+  with job_lib.open_job(tmp_path / "j", IDENTITY) as job:
+    assert not job.begin(NUM_ROWS).any()
+
+
 def test_a_job_with_an_output_is_never_discarded(tmp_path):
   for rows, is_left in (((3,), False), ((3, 4), True), ((), True)):
     with job_lib.open_job(tmp_path / "j", IDENTITY) as job:
