@@ -177,7 +177,7 @@ def _manifest(directory: Path, identity: dict[str, Any]) -> dict[str, Any]:
     damage = e
   jobs, has_output = journal.survey(directory / folder.JOURNAL)
   # The journal of a finished job may be gone, but not its output.
-  has_output |= bool(old and old["finished"] and old["finished"]["num_outputs"])
+  has_output |= bool(old and old["finished"] and old["finished"].get("num_outputs", 1))
   if jobs != {_job_id(identity)}:
     if has_output and old is None:
       raise JobError(f"{damage}, and its journal is not of this job alone: restore it, name another "

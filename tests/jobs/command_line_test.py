@@ -134,7 +134,9 @@ def test_exit_codes_of_a_job(tmp_path, script, flags, expected):
   assert outputs(tmp_path) == expected
   assert script("run", *flags)[0] == 3  # nothing to do, and the rows are as bad as before
   code, _, stderr = script("run", *flags, "--config.seed=1")
+  *log, stderr = stderr.splitlines(keepends=True)
   assert code == 2 and is_one_line(stderr) and "settings.seed: 0 -> 1" in stderr
+  assert all(line.startswith("I") and ": " not in line.split("]")[0] for line in log)  # of absl alone
   code, _, stderr = script("run", *flags, "--config.seed=1", "--overwrite")
   assert code == 3 and f"is moved to {tmp_path / 'out.jsonl.job.1'}" in stderr
   (tmp_path / "in.jsonl").write_text('{"id": "a", "prompt": "x", "max_tokens": 1}\n')

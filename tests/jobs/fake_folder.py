@@ -5,6 +5,7 @@ import functools
 import hashlib
 import importlib
 import json
+import logging
 import os
 import random
 import runpy
@@ -107,6 +108,7 @@ def run_script(argv, streams, signal_at):
       os.dup2(os.open(name, os.O_WRONLY | os.O_CREAT), fd)
   sys.stdout, sys.stderr = (None if name == "closed" else open(fd, "w", encoding="utf-8")
                             for fd, name in enumerate(streams, start=1))
+  logging.getLogger().handlers.clear()  # of the parent's streams
   if signal_at:
     module, _, name = signal_at.rpartition(".")
     owner = importlib.import_module(module)

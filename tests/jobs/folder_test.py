@@ -4,11 +4,13 @@ import json
 import os
 import pathlib
 import resource
+from unittest import mock
 
 import pytest
 
 from batchjax.io import files
 from batchjax.io.records import InputError
+from batchjax.io.store import RequestWriter
 from batchjax.jobs import command_line, loaders
 from batchjax.jobs.job import JobMismatch
 from batchjax.jobs.prepare import BadRow
@@ -37,15 +39,15 @@ def expected(tmp_path):
   return outputs(tmp_path / "undisturbed")
 
 
-def failing(error, part):
-  """Loaders of which the tokenizer or the model raises."""
-  def fail(*args, **kwargs):
+def run_failing(folder, error, part, **kwargs):
+  """A job in which the model's loading, or the storing of requests, raises."""
+  def fail(*args):
     raise error
-  tokenizer = FakeTokenizer()
-  if part == "tokenizer":
-    tokenizer.encode_batch = fail
-  return loaders.Loaders(lambda source: fake_folder.SHAPE, lambda source: tokenizer,
-                         fail if part == "model" else lambda source: None)
+
+  model_fn = fail if part == "model" else lambda source: None
+  with mock.patch.object(RequestWriter, "append", fail if part == "store" else RequestWriter.append):
+    fake_folder.run(folder, **kwargs, loaders=loaders.Loaders(
+        lambda source: fake_folder.SHAPE, lambda source: FakeTokenizer(), model_fn))
 
 
 @pytest.mark.parametrize("error", ENDINGS, ids=lambda e: type(e).__name__)
@@ -56,7 +58,7 @@ def test_a_half_done_job_that_cannot_be_prepared_again_keeps_all(tmp_path, expec
   (tmp_path / "out.jsonl.job/prepared.json").write_text("damaged")
   before = job_files(tmp_path)
   with pytest.raises(type(error)):
-    fake_folder.run(tmp_path, loaders=failing(error, "tokenizer"))
+    run_failing(tmp_path, error, "store")
   after = job_files(tmp_path)
   assert {name: after[name] for name in ("journal.jsonl", "manifest.json")} == {
       name: before[name] for name in ("journal.jsonl", "manifest.json")}
@@ -65,12 +67,12 @@ def test_a_half_done_job_that_cannot_be_prepared_again_keeps_all(tmp_path, expec
   assert after["journal.jsonl"] in job_files(tmp_path)["journal.jsonl"]
 
 
-@pytest.mark.parametrize("part", ["tokenizer", "model"])
+@pytest.mark.parametrize("part", ["store", "model"])
 @pytest.mark.parametrize("error", ENDINGS, ids=lambda e: type(e).__name__)
 def test_a_job_without_a_finished_row_takes_the_corrected_file(tmp_path, expected, error, part):
   fake_folder.write_input(tmp_path, 1)
   with pytest.raises(type(error)):
-    fake_folder.run(tmp_path, loaders=failing(error, part))
+    run_failing(tmp_path, error, part)
   fake_folder.write_input(tmp_path, 0)
   fake_folder.run(tmp_path)
   assert outputs(tmp_path) == expected
@@ -179,7 +181,7 @@ def test_paths_are_refused_before_the_work(tmp_path, paths, make_fn, message):
   make_fn(tmp_path / "p.jsonl")
   before = sorted(tmp_path.rglob("*"))
   with pytest.raises(InputError, match=message) as error:
-    fake_folder.run(tmp_path, loaders=failing(AssertionError("work"), "tokenizer"), **{
+    run_failing(tmp_path, AssertionError("work"), "store", **{
         name: path if name == "output" else str(tmp_path / path) for name, path in paths.items()})
   assert "\n" not in str(error.value)
   assert sorted(tmp_path.rglob("*")) == before
@@ -198,7 +200,7 @@ def test_a_job_folder_that_cannot_be_written_is_noticed_before_the_work(tmp_path
   fake_folder.write_input(tmp_path, 0)
   (tmp_path / "out.jsonl.job").mkdir(mode=0o500)
   with pytest.raises(PermissionError):
-    fake_folder.run(tmp_path, loaders=failing(AssertionError("work"), "tokenizer"))
+    run_failing(tmp_path, AssertionError("work"), "store")
 
 
 def test_a_lock_that_was_removed_is_held_by_nobody_else(tmp_path, monkeypatch):
