@@ -110,7 +110,7 @@ def test_bad_flags_say_what_is_wrong(tmp_path, script, tiny_config, flag, messag
   process = script("run", f"--config={tiny_config}", f"--input={tmp_path / 'in.jsonl'}",
                    f"--output={tmp_path / 'out.jsonl'}", flag)
   assert process.returncode == 2
-  assert message in process.stderr and process.stderr.count("\n") == 1
+  assert message in process.stderr.splitlines()[-1] and process.stderr.count("error:") == 1
   assert {path.name for path in tmp_path.iterdir()} == {"in.jsonl"}
 
 
