@@ -174,7 +174,7 @@ def test_other_formats_say_the_same(tmp_path, config, outputs, suffix):
   assert list(other) == [name for name in outputs if suffix != ".parquet" or name != "completion"]
   for name, row in other.items():
     assert _rounded(row) == _rounded(outputs[name]), name
-  errors = read(tmp_path / "out.errors.jsonl")
+  errors = read(tmp_path / f"out.errors{suffix}")
   assert [error["custom_id"] for error in errors] == ["bad"]
   assert errors[0]["error"]["row"] == 1 + rows.index(ROWS[5])
   assert errors[0]["error"]["param"] == "max_tokens"
