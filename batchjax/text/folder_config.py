@@ -57,6 +57,9 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     named = {**named, **extra} if isinstance(extra := config.get(key), dict) else named
   texts = {name: token["content"] if isinstance(token, dict) and "content" in token else token
            for name, token in named.items() if name.endswith("_token")}
+  for name in ("bos_token", "eos_token"):
+    if not isinstance(texts.get(name), str | None):
+      raise ValueError(f"tokenizer_config.json: {name} names the token {texts[name]!r}, which is no string")
   return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
