@@ -84,11 +84,13 @@ class ModelConfig:
   dtype: Literal["float32", "bfloat16", "float16"] = "float32"
 
   def __post_init__(self):
+    _require(self.num_layers <= 10_000, f"model.num_layers must be at most 10000, got {self.num_layers}")
     if not self.layer_kinds:
       object.__setattr__(self, "layer_kinds", ("global",) * self.num_layers)
     for name in ("vocab_size", "hidden_size", "ffn_size", "num_layers", "num_heads",
                  "num_kv_heads", "head_dim", "max_len"):
-      _require(getattr(self, name) > 0, f"model.{name} must be positive, got {getattr(self, name)}")
+      _require(0 < getattr(self, name) < 2**31,
+               f"model.{name} must be positive and below 2**31, got {getattr(self, name)}")
     _require(self.num_heads % self.num_kv_heads == 0,
              f"model.num_heads={self.num_heads} is not a multiple of num_kv_heads={self.num_kv_heads}")
     _require(len(self.layer_kinds) == self.num_layers and set(self.layer_kinds) <= {"global", "local"},
@@ -290,6 +292,7 @@ def from_config_dict(cls: type[T], values: Any, where: str = "config") -> T:
   Raises:
     ConfigError: a field is unknown, missing, of the wrong type or out of range.
   """
+  _require(hasattr(values, "keys"), f"{where} must hold named fields, got {values!r}")
   known = {f.name: f for f in dataclasses.fields(cls)}
   hints = typing.get_type_hints(cls)
   unknown = sorted(set(values) - set(known))

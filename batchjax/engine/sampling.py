@@ -253,8 +253,8 @@ def _adjust(logits: Array, inputs: SamplingInputs, num_generated: Array,
     if features.num_stop_ids <= _MAX_COMPARED:  # compared on the way, where a scatter copies
       token = lax.broadcasted_iota(jnp.int32, (1, vocab_size), 1)
       for i in range(features.num_stop_ids):
-        logits = jnp.where(token == ids[:, i:i + 1], -jnp.inf, logits)
+        logits = jnp.where(token == ids[:, i:i + 1], logits - jnp.inf, logits)  # NaN stays NaN
     else:
-      logits = logits.at[rows, _drop_null(ids, vocab_size)].set(-jnp.inf, mode="drop")
+      logits = logits.at[rows, _drop_null(ids, vocab_size)].add(-jnp.inf, mode="drop")
   # Where sums were made, all that reads them must read the same ones.
   return lax.optimization_barrier(logits) if features.penalties else logits

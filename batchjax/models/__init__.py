@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from batchjax.config import ConfigError, ModelConfig
-from batchjax.models import gemma2, gemma3, llama, mistral, qwen2, qwen3
+from batchjax.models import gemma2, gemma3, llama, mistral, qwen2, qwen3, settings
 from batchjax.models.names import Target
 from batchjax.models.shapes import SHAPES
 from batchjax.models.transformer import Transformer, init_params
@@ -23,9 +23,12 @@ def config_from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
   """The model of a Hugging Face `config.json`, in float32.
 
   Raises:
-    ConfigError: its `model_type` is unknown, or asks for something we do not compute.
+    ConfigError: its `model_type` is unknown, a setting is missing or wrong, or asks for
+      something we do not compute.
   """
-  return _family(hf_config.get("model_type")).config_from_hf(hf_config)
+  family = _family(hf_config.get("model_type"))
+  settings.check(hf_config, family.COMPUTES)
+  return family.config_from_hf(hf_config)
 
 
 def name_map(config: ModelConfig) -> dict[str, Target]:
@@ -33,7 +36,8 @@ def name_map(config: ModelConfig) -> dict[str, Target]:
   return _family(config.family).name_map(config)
 
 
-def _family(model_type: str | None) -> types.ModuleType:
-  if model_type not in FAMILIES:
-    raise ConfigError(f"model_type {model_type!r} is unknown; known: {sorted(FAMILIES)}")
+def _family(model_type: Any) -> types.ModuleType:
+  if not isinstance(model_type, str) or model_type not in FAMILIES:
+    raise ConfigError(f"config.json: model_type {settings.short(model_type)} is unknown; "
+                      f"known: {sorted(FAMILIES)}")
   return FAMILIES[model_type]

@@ -3,9 +3,12 @@
 from collections.abc import Mapping
 from typing import Any
 
-from batchjax.config import ConfigError, ModelConfig
+from batchjax.config import ModelConfig
 from batchjax.models import llama
 from batchjax.models.names import Target, decoder_map
+
+COMPUTES = frozenset({"sliding_window", "layer_types", "attn_logit_softcapping",
+                      "final_logit_softcapping", "query_pre_attn_scalar"})
 
 _DEFAULTS = dict(tie_word_embeddings=True, hidden_activation="gelu_pytorch_tanh", head_dim=256,
                  max_position_embeddings=8192, bos_token_id=2, eos_token_id=1)
@@ -23,12 +26,8 @@ def config_from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
 
 def gemma_fields(hf_config: Mapping[str, Any]) -> dict[str, Any]:
   """What Gemma 2 and 3 share."""
-  for name in ("attention_bias", "use_bidirectional_attention"):
-    if hf_config.get(name):
-      raise ConfigError(f"config.json: {name}=true is not supported for model_type "
-                        f"{hf_config['model_type']!r}")
   return dict(norm_plus_one=True, post_norms=True, embed_scale=hf_config["hidden_size"] ** 0.5,
-              query_scale=hf_config.get("query_pre_attn_scalar", 256) ** -0.5)
+              query_scale=(hf_config.get("query_pre_attn_scalar") or 256) ** -0.5)
 
 
 def name_map(config: ModelConfig) -> dict[str, Target]:

@@ -4,7 +4,11 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from batchjax.config import ConfigError, ModelConfig, RopeScaling
+from batchjax.models import settings
 from batchjax.models.names import Target, decoder_map
+
+# Settings that change the numbers and that are computed; see `settings.check`.
+COMPUTES = frozenset[str]()
 
 
 def config_from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
@@ -13,11 +17,9 @@ def config_from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
   Raises:
     ConfigError: it asks for something this family does not compute.
   """
-  for name in ("attention_bias", "mlp_bias"):
-    if hf_config.get(name):
-      raise ConfigError(f"config.json: {name}=true is not supported for model_type "
-                        f"{hf_config['model_type']!r}")
-  return ModelConfig(**common_fields(hf_config, bos_token_id=1, eos_token_id=2))
+  heads = hf_config.get("num_attention_heads")
+  return ModelConfig(**common_fields(hf_config, num_key_value_heads=heads, bos_token_id=1,
+                                     eos_token_id=2))
 
 
 def name_map(config: ModelConfig) -> dict[str, Target]:
@@ -40,8 +42,11 @@ def common_fields(hf_config: Mapping[str, Any], **defaults: Any) -> dict[str, An
   needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
             "num_attention_heads", "max_position_embeddings")
   missing = [name for name in needed if name not in hf]
+  # Families differ in what an absent one means; null means one for each query head.
+  if "num_key_value_heads" not in hf_config and hf.get("num_key_value_heads") is None:
+    missing.append("num_key_value_heads")
   if missing:
-    raise ConfigError(f"config.json lacks {missing}")
+    raise ConfigError(f"config.json lacks {missing}: fetch the file again")
   activations = {"silu": "silu", "gelu_pytorch_tanh": "gelu_tanh"}
   # Gemma 2 and 3 name theirs `hidden_activation`; an old `hidden_act` beside it is not read.
   act = hf.get("hidden_activation", hf["hidden_act"])
@@ -51,8 +56,10 @@ def common_fields(hf_config: Mapping[str, Any], **defaults: Any) -> dict[str, An
   bos = hf_config.get("bos_token_id", defaults.get("bos_token_id"))
   eos = hf_config.get("eos_token_id", defaults.get("eos_token_id"))
   eos = () if eos is None else eos
-  theta, scaling = rope_fields(hf.get("rope_parameters") or hf.get("rope_scaling") or {},
-                               float(hf.get("rope_theta", 10_000.0)))
+  head_dim = hf.get("head_dim", hf["hidden_size"] // hf["num_attention_heads"])
+  if not head_dim or head_dim % 2:
+    raise ConfigError(f"config.json: head_dim={head_dim} must be even and above 0: rope turns its halves")
+  theta, scaling = rope_of(hf_config, float(hf.get("rope_theta", 10_000.0)))
   return dict(
       family=hf["model_type"],
       vocab_size=hf["vocab_size"],
@@ -60,8 +67,8 @@ def common_fields(hf_config: Mapping[str, Any], **defaults: Any) -> dict[str, An
       ffn_size=hf["intermediate_size"],
       num_layers=hf["num_hidden_layers"],
       num_heads=hf["num_attention_heads"],
-      num_kv_heads=hf.get("num_key_value_heads", hf["num_attention_heads"]),
-      head_dim=hf.get("head_dim", hf["hidden_size"] // hf["num_attention_heads"]),
+      num_kv_heads=hf.get("num_key_value_heads") or hf["num_attention_heads"],
+      head_dim=head_dim,
       max_len=hf["max_position_embeddings"],
       norm_eps=hf["rms_norm_eps"],
       rope_theta=theta,
@@ -72,30 +79,21 @@ def common_fields(hf_config: Mapping[str, Any], **defaults: Any) -> dict[str, An
       eos_token_ids=(eos,) if isinstance(eos, int) else tuple(eos))
 
 
-def rope_fields(rope: Mapping[str, Any], theta: float) -> tuple[float, RopeScaling | None]:
-  """Rope base and scaling of `rope_parameters` or of the older `rope_scaling`.
+def rope_of(hf_config: Mapping[str, Any], theta: float) -> tuple[float, RopeScaling | None]:
+  """Rope base and scaling, from the newer `rope_parameters` or the older `rope_scaling`.
 
   Args:
-    rope: the setting; empty is plain rope.
-    theta: the base where `rope` does not name it.
+    hf_config: contents of `config.json`.
+    theta: the base where the object does not name it.
 
   Raises:
-    ConfigError: the scaling is of an unknown type.
+    ConfigError: the scaling cannot be computed, or the two contradict each other.
   """
-  theta = float(rope.get("rope_theta", theta))
-  kind = rope.get("rope_type", rope.get("type", "default"))
-  if rope.get("partial_rotary_factor", 1.0) != 1.0:
-    raise ConfigError("config.json: rope over a part of the head is not supported")
-  if kind == "default":
-    return theta, None
-  if kind == "linear":
-    return theta, RopeScaling("linear", float(rope["factor"]))
-  if kind == "llama3":
-    return theta, RopeScaling(
-        "llama3", float(rope["factor"]), float(rope["low_freq_factor"]),
-        float(rope["high_freq_factor"]), int(rope["original_max_position_embeddings"]))
-  raise ConfigError(f"config.json: rope type {kind!r} is unknown; "
-                    "known: ['default', 'linear', 'llama3']")
+  names = [name for name in ("rope_parameters", "rope_scaling") if hf_config.get(name)]
+  found = [settings.rope(hf_config[name], theta, name) for name in names]
+  if len(set(found)) > 1:
+    raise ConfigError(f"config.json: {names} contradict each other: remove the wrong one")
+  return found[0] if found else (theta, None)
 
 
 def layer_kinds(hf_config: Mapping[str, Any],

@@ -3,15 +3,14 @@
 from collections.abc import Mapping
 from typing import Any
 
-from batchjax.config import ConfigError, ModelConfig
+from batchjax.config import ModelConfig
 from batchjax.models import llama, qwen2
 
 name_map = llama.name_map
+COMPUTES = qwen2.WINDOW | {"qk_norm", "use_qk_norm"}
 
 
 def config_from_hf(hf_config: Mapping[str, Any]) -> ModelConfig:
   """The model of a Hugging Face `config.json`; ConfigError where it cannot be computed."""
-  if hf_config.get("attention_bias"):
-    raise ConfigError("config.json: attention_bias=true is not supported for model_type 'qwen3'")
   return ModelConfig(**llama.common_fields(hf_config, head_dim=128),
                      **qwen2.window_fields(hf_config), qk_norm=True)

@@ -1,10 +1,12 @@
 """What the JSON files beside a Hugging Face tokenizer say."""
 
 import dataclasses
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from batchjax.model_files import check_file, read_object
+from batchjax.text.vocab import check_ids
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,12 +34,12 @@ def read_folder_config(folder: Path) -> FolderConfig:
   config = {**read_json(folder / "special_tokens_map.json"),
             **read_json(folder / "tokenizer_config.json")}
   eos_ids = read_json(folder / "generation_config.json").get("eos_token_id")
-  if eos_ids is None:
-    eos_ids = []
+  eos_ids = [] if eos_ids is None else eos_ids if isinstance(eos_ids, list) else [eos_ids]
+  check_ids(eos_ids)
   return FolderConfig(
     special_tokens=_special_tokens(config),
     chat_templates=_chat_templates(folder, config.get("chat_template")),
-    eos_token_ids=tuple(eos_ids) if isinstance(eos_ids, list) else (eos_ids,),
+    eos_token_ids=tuple(eos_ids),
     adds_bos=config.get("add_bos_token"),
     is_legacy=config.get("legacy") is not False,
     added_tokens=_added_tokens(folder, config))
@@ -45,12 +47,7 @@ def read_folder_config(folder: Path) -> FolderConfig:
 
 def read_json(path: Path) -> dict[str, Any]:
   """The object in a JSON file; empty where there is no such file."""
-  if not path.exists():
-    return {}
-  try:
-    return json.loads(path.read_text(encoding="utf-8"))
-  except ValueError as error:
-    raise ValueError(f"{path} is not JSON: {error}") from error
+  return read_object(path) if path.exists() else {}
 
 
 def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
@@ -60,6 +57,9 @@ def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
     named = {**named, **extra} if isinstance(extra := config.get(key), dict) else named
   texts = {name: token["content"] if isinstance(token, dict) and "content" in token else token
            for name, token in named.items() if name.endswith("_token")}
+  for name in ("bos_token", "eos_token"):
+    if not isinstance(texts.get(name), str | None):
+      raise ValueError(f"tokenizer_config.json: {name} names the token {texts[name]!r}, which is no string")
   return {name: text for name, text in texts.items() if isinstance(text, str)}
 
 
@@ -79,10 +79,16 @@ def _chat_templates(folder: Path, setting: str | list[dict[str, str]] | None) ->
   """Templates in files of their own, else those of tokenizer_config.json, one or a named list."""
   files = {"default": folder / "chat_template.jinja"}
   files |= {path.stem: path for path in sorted(folder.glob("additional_chat_templates/*.jinja"))}
-  templates = {name: path.read_text(encoding="utf-8")
-               for name, path in files.items() if path.exists()}
+  files = {name: path for name, path in files.items() if path.exists()}
+  for path in files.values():
+    check_file(path)
+  templates = {name: path.read_text(encoding="utf-8") for name, path in files.items()}
   if templates or setting is None:
     return templates
   if isinstance(setting, list):
-    return {entry["name"]: entry["template"] for entry in setting}
-  return {"default": setting}
+    templates = {entry["name"]: entry["template"] for entry in setting}
+  else:
+    templates = {"default": setting}
+  if not all(isinstance(template, str) for template in templates.values()):
+    raise ValueError("tokenizer_config.json: chat_template must be a string or a list of named ones")
+  return templates

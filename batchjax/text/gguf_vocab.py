@@ -4,11 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import gguf
-import tokenizers
 from gguf import TokenType
+import tokenizers
 from tokenizers import decoders, models, normalizers, pre_tokenizers
 
+from batchjax.model_files import open_gguf
 from batchjax.text.hf_vocab import (TokenizersCodec, bos_processor, byte_level_bytes,
                                     metaspace_bytes)
 from batchjax.text.vocab import Vocab, end_tokens
@@ -34,7 +34,7 @@ def read_gguf(path: Path) -> Vocab:
     ValueError: the file has no vocabulary, or one of a kind that is not known here.
   """
   fields = {name.removeprefix("tokenizer."): field
-            for name, field in gguf.GGUFReader(path).fields.items()
+            for name, field in open_gguf(path).fields.items()
             if name.startswith("tokenizer.")}
 
   def read(name: str, default: Any = None) -> Any:
@@ -60,6 +60,11 @@ def read_gguf(path: Path) -> Vocab:
                      "name a tokenizer.json or SentencePiece model instead")
 
   special, added = _add_tokens(backend, tokens, types)
+  for name in ("bos", "eos", "eot", "eom"):
+    token_id = read(f"ggml.{name}_token_id", 0)
+    if not (type(token_id) is int and 0 <= token_id < len(tokens)):
+      raise ValueError(f"{path}: tokenizer.ggml.{name}_token_id={token_id!r} is none of the {len(tokens)} "
+                       "tokens: fetch the file again")
   bos_token_id = read("ggml.bos_token_id")
   if bos_token_id is not None and read("ggml.add_bos_token", adds_bos):
     backend.post_processor = bos_processor(tokens[bos_token_id], bos_token_id)

@@ -11,7 +11,7 @@ import tokenizers
 from tokenizers import processors
 
 from batchjax.text.folder_config import read_folder_config, read_json
-from batchjax.text.vocab import Vocab, end_tokens
+from batchjax.text.vocab import Vocab, check_ids, end_tokens
 
 # Texts handed to the library at a time: its encodings weigh many times what their ids do.
 _CHUNK = 4096
@@ -79,6 +79,7 @@ def read_tokenizer_json(path: Path) -> Vocab:
   _make_special(backend, config.special_tokens.values())
   added = backend.get_added_tokens_decoder()
   ids = backend.get_vocab(with_added_tokens=True)
+  check_ids(ids.values())
   pieces = [b""] * (1 + max(ids.values()))
   to_bytes = byte_level_bytes if is_byte_level else metaspace_bytes
   for token, i in ids.items():

@@ -8,7 +8,7 @@ import sentencepiece
 
 from batchjax.text.folder_config import read_folder_config
 from batchjax.text.hf_vocab import metaspace_bytes
-from batchjax.text.vocab import Vocab, end_tokens
+from batchjax.text.vocab import Vocab, check_ids, end_tokens
 
 # Appended to a serialized model it overrides `normalizer_spec.add_dummy_prefix`: parts of a message
 # merge, and what comes later wins (Protocol Buffers, encoding, "Last One Wins").
@@ -97,6 +97,7 @@ def read_sentencepiece(path: Path) -> Vocab:
 
   num_pieces, added = processor.get_piece_size(), config.added_tokens
   tokens = [processor.id_to_piece(i) for i in range(num_pieces)]
+  check_ids(added)
   tokens += [""] * (max(added, default=-1) + 1 - num_pieces)
   special_names = {tokens[i]: i for i in range(num_pieces) if processor.is_control(i)}
   special = {*special_names.values(), *filter(processor.is_unknown, range(num_pieces))}

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from batchjax.model_files import check_file, damaged
 from batchjax.text.gguf_vocab import read_gguf
 from batchjax.text.hf_vocab import read_tokenizer_json
 from batchjax.text.sentencepiece_vocab import read_sentencepiece
@@ -61,12 +62,12 @@ class Tokenizer:
   @property
   def bos_token(self) -> str:
     """Text of the BOS token; "" where the model has none."""
-    return "" if self.bos_token_id is None else self._pieces[self.bos_token_id].decode()
+    return "" if self.bos_token_id is None else self._name(self.bos_token_id)
 
   @property
   def eos_token(self) -> str:
     """Text of the main end token; "" where the model has none."""
-    return "" if self.eos_token_id is None else self._pieces[self.eos_token_id].decode()
+    return "" if self.eos_token_id is None else self._name(self.eos_token_id)
 
   def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
     """Ids of `text`; special tokens written in it become what they name, unless they are split.
@@ -151,6 +152,9 @@ class Tokenizer:
     """
     return self._codec.to_json()
 
+  def _name(self, token_id: int) -> str:
+    return self._piece(token_id).decode(errors="replace")
+
   def _piece(self, token_id: int) -> bytes:
     if token_id < 0:
       raise ValueError(f"token id {token_id} is negative: drop null entries before decoding")
@@ -182,7 +186,14 @@ def load_tokenizer(path: str | Path, split_special_tokens: bool = False) -> Toke
                      f"in one of {sorted(_READERS)}")
   if not path.exists():
     raise FileNotFoundError(f"there is no tokenizer at {path}")
-  return Tokenizer(_READERS[path.suffix](path), split_special_tokens)
+  check_file(path)
+  try:
+    return Tokenizer(_READERS[path.suffix](path), split_special_tokens)
+  # The libraries trust the file: what they trip over may be of any type.
+  except Exception as error:
+    if isinstance(error, ValueError) and str(path.parent) in str(error):
+      raise  # says which file, and what to do
+    raise damaged(path, error) from error
 
 
 def _check_encodable(texts: Sequence[str]) -> None:

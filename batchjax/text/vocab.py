@@ -1,8 +1,11 @@
 """What every tokenizer file comes down to, whatever its format."""
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Protocol, runtime_checkable
+
+# No model has nearly as many tokens; a larger id is damage, and would take its size in memory.
+_MAX_IDS = 1 << 24
 
 
 @runtime_checkable
@@ -51,6 +54,12 @@ class Vocab:
   special_tokens: Mapping[str, str]
   chat_templates: Mapping[str, str]
   reads_names_in_messages: bool = True
+
+
+def check_ids(ids: Iterable[int]) -> None:
+  """Raises ValueError for a token id that no vocabulary can have."""
+  if wrong := [i for i in ids if not (type(i) is int and 0 <= i < _MAX_IDS)]:
+    raise ValueError(f"the token id {wrong[0]!r} is no integer from 0 to {_MAX_IDS - 1}")
 
 
 def end_tokens(main: int | None, id_of: Callable[[str], int | None],

@@ -39,12 +39,16 @@ def source_format(source: ModelSource) -> str:
   if source.format != "auto":
     return source.format
   path = _path(source)
-  if path.is_file() and path.suffix == ".gguf":
-    return "gguf"
-  if (path / orbax.CONFIG).is_file():
-    return "orbax"
-  if (path / "config.json").is_file():
-    return "hf"
+  try:
+    if path.is_file() and path.suffix == ".gguf":
+      return "gguf"
+    if (path / orbax.CONFIG).is_file():
+      return "orbax"
+    if (path / "config.json").is_file():
+      return "hf"
+  except OSError as error:  # no permission, or too long a name
+    raise ConfigError(f"model.path={source.path!r} cannot be read ({error.strerror}): check its name "
+                      "and its permissions") from error
   raise ConfigError(f"model.path={source.path!r} is neither a .gguf file nor a folder with "
                     f"config.json (Hugging Face) or {orbax.CONFIG} (Orbax)")
 
@@ -53,8 +57,8 @@ def load_config(source: ModelSource) -> ModelConfig:
   """The model's configuration; reads metadata only and touches no device.
 
   Raises:
-    ConfigError: the source is of no known format, or of a model that is not supported.
-    WeightError: a GGUF file's metadata cannot be read as such a model.
+    ConfigError: the source is of no known format, damaged, or of a model that is not supported.
+    WeightError: likewise, of a GGUF file.
   """
   match source_format(source):
     case "random":
@@ -65,7 +69,7 @@ def load_config(source: ModelSource) -> ModelConfig:
     case "orbax":
       config = orbax.read_config(_path(source))
     case _:
-      config = models.config_from_hf(load_hf_config(source))
+      config = _config_of(source, load_hf_config(source))
   return dataclasses.replace(config, dtype=source.dtype)
 
 
@@ -109,12 +113,13 @@ def load_model(source: ModelSource, sharding_fn: ShardingFn = default_device) ->
 
   Raises:
     ConfigError: as `load_config`.
-    WeightError: a tensor is missing, superfluous, of the wrong shape or out of range.
+    WeightError: a tensor is missing, superfluous, of the wrong shape, not where the index says,
+      or out of range.
   """
   path = _path(source)
   if source_format(source) == "gguf":
     file = GgufFile(path)  # parsed once: its vocabulary takes seconds
-    config = dataclasses.replace(models.config_from_hf(file.hf_config()), dtype=source.dtype)
+    config = dataclasses.replace(_config_of(source, file.hf_config()), dtype=source.dtype)
     targets = models.name_map(config)
     return Model(config, fuse(config, targets, file.tensors(targets), sharding_fn))
   config = load_config(source)
@@ -163,6 +168,13 @@ def save_orbax(path: str, model: Model, hf_config: dict[str, Any] | None = None)
   orbax.save(folder, model.config, model.params)
   if hf_config is not None:
     hf.write_config(folder, hf_config, model.config.dtype)
+
+
+def _config_of(source: ModelSource, hf_config: dict[str, Any]) -> ModelConfig:
+  try:
+    return models.config_from_hf(hf_config)
+  except ConfigError as error:
+    raise ConfigError(f"{source.path}: {error}") from error
 
 
 def _path(source: ModelSource) -> pathlib.Path:

@@ -75,9 +75,11 @@ def _check_names(config: ModelConfig, targets: Mapping[str, Target],
   for name, target in targets.items():
     expected, where = stored_shape(name, target), tensors.locate(name)
     if name not in tensors.shapes:
-      raise WeightError(f"{where}: lacks the tensor {name}, expected shape {expected}")
+      raise WeightError(f"{where}: lacks the tensor {name}, expected shape {expected}: fetch the model "
+                        "again; does config.json belong to it?")
     if tensors.shapes[name] != expected:
-      raise WeightError(f"{where}: {name} has shape {tensors.shapes[name]}, expected {expected}")
+      raise WeightError(f"{where}: {name} has shape {tensors.shapes[name]}, expected {expected}; does "
+                        "config.json belong to it?")
   for name in sorted(set(tensors.shapes) - set(targets)):
     is_tied_copy = name == _OUTPUT and config.tie_embeddings
     if not is_tied_copy and not name.endswith(_IGNORED_SUFFIXES):
@@ -85,14 +87,14 @@ def _check_names(config: ModelConfig, targets: Mapping[str, Target],
                         f"tensor of this {config.family} model; does config.json belong to it?")
 
 
+@np.errstate(over="ignore", invalid="ignore")  # an error below, or NaN that stays NaN
 def _fill(buffer: np.ndarray, target: Target, tensors: StoredTensors, name: str) -> None:
   part = target.part_of(buffer)
   source = target.arrange(tensors.read(name))
   is_transposed = target.axes != tuple(range(source.ndim))
   width = _STRIP if is_transposed else source.shape[-1]
-  with np.errstate(over="ignore"):  # an error below
-    for start in range(0, source.shape[-1], width):
-      part[..., start:start + width] = source[..., start:start + width]
+  for start in range(0, source.shape[-1], width):
+    part[..., start:start + width] = source[..., start:start + width]
   if buffer.dtype == np.float16 and not np.isfinite(part).all():
     raise WeightError(f"{tensors.locate(name)}: {name} exceeds the range of float16; "
                       "load it as bfloat16 or float32")

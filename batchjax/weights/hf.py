@@ -1,14 +1,18 @@
 """Hugging Face folders: `config.json` and safetensors, in one file or in shards."""
 
+import contextlib
 import json
 import pathlib
 from collections.abc import Iterable, Iterator
 from typing import Any
 
+from absl import logging
 import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
+from batchjax.config import ConfigError
+from batchjax.model_files import check_file, damaged, read_object
 from batchjax.weights.stored import StoredTensors, WeightError
 
 _SINGLE = "model.safetensors"
@@ -18,17 +22,22 @@ _DTYPES = {"F32": "float32", "BF16": "bfloat16", "F16": "float16"}
 
 def read_config(folder: pathlib.Path) -> dict[str, Any]:
   """`config.json`, its end tokens widened by those of `generation_config.json`."""
-  config = json.loads((folder / "config.json").read_text())
+  config = read_object(folder / "config.json")
   generation = folder / "generation_config.json"
   if generation.exists():
-    ends = _as_list(config.get("eos_token_id"))
-    ends += _as_list(json.loads(generation.read_text()).get("eos_token_id"))
+    ends = _end_tokens(folder / "config.json", config)
+    ends += _end_tokens(generation, read_object(generation))
     config["eos_token_id"] = list(dict.fromkeys(ends))
   return config
 
 
-def _as_list(ids: int | list[int] | None) -> list[int]:
-  return [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
+def _end_tokens(path: pathlib.Path, values: dict[str, Any]) -> list[int]:
+  ids = values.get("eos_token_id")
+  ids = [] if ids is None else ids if isinstance(ids, list) else [ids]
+  if not all(type(i) is int and i >= 0 for i in ids):
+    raise ConfigError(f"{path}: eos_token_id={values['eos_token_id']!r} must be a token id or a list "
+                      "of them: fetch the file again")
+  return ids
 
 
 def write_config(folder: pathlib.Path, config: dict[str, Any], dtype: str) -> None:
@@ -39,62 +48,88 @@ def write_config(folder: pathlib.Path, config: dict[str, Any], dtype: str) -> No
 
 def stored_dtype(folder: pathlib.Path) -> str:
   """The dtype that all tensors of the folder have, or float32 where they differ."""
-  found = set()
-  for file in _files(folder)[0]:
-    with _open(file) as tensors:
-      found |= {_DTYPES[tensors.get_slice(name).get_dtype()] for name in tensors.keys()}
-  return found.pop() if len(found) == 1 else "float32"
+  found = {dtype for _, dtype, _ in _headers(folder).values()}
+  return _DTYPES[found.pop()] if len(found) == 1 else "float32"
 
 
 def open_tensors(folder: pathlib.Path) -> StoredTensors:
   """The tensors of a folder; only the headers of its files are read.
 
+  An index decides which file a tensor is read from. Copies in other files are
+  named in a warning.
+
   Raises:
-    WeightError: the folder has no safetensors, lacks a shard that its index
-      names, holds quantised tensors or a file that is cut short.
+    ConfigError: the folder has no safetensors, or a file is damaged.
+    WeightError: the index is wrong, or a tensor is quantised.
   """
-  files, expected = _files(folder)
-  shapes, found = {}, {}
-  for file in files:
-    with _open(file) as tensors:
-      for name in tensors.keys():
-        header = tensors.get_slice(name)
-        if header.get_dtype() not in _DTYPES:
-          raise WeightError(f"{file}: {name} is stored as {header.get_dtype()}; "
-                            f"supported: {sorted(_DTYPES)}")
-        found[name], shapes[name] = file, tuple(header.get_shape())
+  headers = _headers(folder)
 
   def read(name: str) -> np.ndarray:
     # Opened anew for each tensor: the mapped pages count as ours until the file is closed.
-    with _open(found[name]) as tensors:
+    with _open(headers[name][0]) as tensors:
       return tensors.get_tensor(name)
 
   return StoredTensors(
-      shapes=shapes, read=read,
-      locate=lambda name: str(found.get(name) or expected.get(name) or folder))
+      shapes={name: shape for name, (_, _, shape) in headers.items()}, read=read,
+      locate=lambda name: str(headers[name][0] if name in headers else folder))
 
 
-def _open(file: pathlib.Path) -> safe_open:
-  try:
-    return safe_open(file, "np")
-  except SafetensorError as error:  # does not name the file
-    raise WeightError(f"{file} is damaged or incomplete ({error}); fetch it again") from error
-
-
-def _files(folder: pathlib.Path) -> tuple[list[pathlib.Path], dict[str, pathlib.Path]]:
-  """The files of a folder, and in which of them its index says that a tensor lies."""
-  if (folder / _SINGLE).exists():
-    return [folder / _SINGLE], {}
-  index = folder / _INDEX
-  if not index.exists():
+def _headers(folder: pathlib.Path) -> dict[str, tuple[pathlib.Path, str, tuple[int, ...]]]:
+  """File, dtype and shape of every tensor."""
+  placed = _read_index(folder / _INDEX) if (folder / _INDEX).exists() else None
+  single = folder / _SINGLE
+  if placed is None and not single.exists():
     raise WeightError(f"{folder} has neither {_SINGLE} nor {_INDEX}; save the model as safetensors")
-  expected = {name: folder / file
-              for name, file in json.loads(index.read_text())["weight_map"].items()}
-  files = sorted(set(expected.values()))
-  for file in files:
-    if not file.exists():
-      raise WeightError(f"{index} names {file.name}, which is not in the folder")
-  return files, expected
+  files = {single} if placed is None else set(placed.values())
+  headers, superfluous = {}, []
+  for file in sorted(files | ({single} if single.exists() else set())):
+    with _open(file) as tensors:
+      for name in tensors.keys():
+        if placed is not None and placed.get(name) != file:
+          superfluous.append(f"{name} in {file.name}")
+          continue
+        header = tensors.get_slice(name)
+        if header.get_dtype() not in _DTYPES:
+          raise WeightError(f"{file}: {name} is stored as {header.get_dtype()}; supported: "
+                            f"{sorted(_DTYPES)}: load the model's own weights")
+        headers[name] = file, header.get_dtype(), tuple(header.get_shape())
+  for name, file in (placed or {}).items():
+    if name not in headers:
+      raise WeightError(f"{file}: lacks the tensor {name} that {_INDEX} places there: fetch both "
+                        "again, of one revision")
+  if superfluous:
+    more = f" and {len(superfluous) - 3} more" if len(superfluous) > 3 else ""
+    logging.warning("%s places %s%s elsewhere or nowhere: these copies are not read",
+                    folder / _INDEX, ", ".join(superfluous[:3]), more)
+  return headers
+
+
+def _read_index(path: pathlib.Path) -> dict[str, pathlib.Path]:
+  """The file of each tensor that an index names."""
+  weight_map = read_object(path).get("weight_map")
+  if not isinstance(weight_map, dict) or not weight_map:
+    raise WeightError(f"{path}: weight_map must be an object from tensor names to files, got "
+                      f"{type(weight_map).__name__}: fetch the index again")
+  for name, file in weight_map.items():
+    parts = pathlib.PurePath(file).parts if isinstance(file, str) else ()
+    if not parts or pathlib.PurePath(file).is_absolute() or ".." in parts:
+      raise WeightError(f"{path}: weight_map places {name} in {file!r}, which is no file of this "
+                        "folder: fetch the index again")
+    if not (path.parent / file).exists():
+      raise WeightError(f"{path} names {file}, which is not in the folder: fetch that file, or remove "
+                        "the index if it belongs to other weights")
+  return {name: path.parent / file for name, file in weight_map.items()}
+
+
+@contextlib.contextmanager
+def _open(file: pathlib.Path) -> Iterator[safe_open]:
+  """An open safetensors file; what the library says of its damage becomes one line."""
+  check_file(file)
+  try:
+    with safe_open(file, "np") as tensors:
+      yield tensors
+  except (SafetensorError, OSError) as error:  # does not name the file
+    raise damaged(file, error) from error
 
 
 def write_tensors(folder: pathlib.Path, tensors: Iterable[tuple[str, np.ndarray]],

@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 import orbax.checkpoint as ocp
 
-from batchjax.config import ModelConfig, from_config_dict
+from batchjax.config import ConfigError, ModelConfig, from_config_dict
+from batchjax.model_files import damaged, read_object
 from batchjax.weights.stored import WeightError
 from batchjax.weights.tree import ShardingFn, default_device, flatten, nest, param_shapes
 
@@ -19,9 +20,12 @@ _PARAMS = "params"
 
 
 def read_config(folder: pathlib.Path) -> ModelConfig:
-  """The configuration that `save` wrote."""
-  return from_config_dict(ModelConfig, json.loads((folder / CONFIG).read_text()),
-                          str(folder / CONFIG))
+  """The configuration that `save` wrote; ConfigError where the file is damaged."""
+  values = read_object(folder / CONFIG)
+  try:
+    return from_config_dict(ModelConfig, values, CONFIG)
+  except ConfigError as error:
+    raise ConfigError(f"{folder}: {error}") from error
 
 
 def save(folder: pathlib.Path, config: ModelConfig, params: dict[str, Any]) -> None:
@@ -39,9 +43,19 @@ def restore(folder: pathlib.Path, config: ModelConfig,
   Host memory holds at most `max_read_gb` besides what the devices hold.
 
   Raises:
+    ConfigError: the checkpoint is damaged.
     WeightError: a parameter is missing, superfluous or of the wrong shape.
   """
   path = folder.resolve() / _PARAMS
+  try:
+    return _restore(path, config, sharding_fn)
+  except (WeightError, jax.errors.JaxRuntimeError):
+    raise
+  except Exception as error:  # Orbax lets through what its storage raises, of any type
+    raise damaged(path, error) from error
+
+
+def _restore(path: pathlib.Path, config: ModelConfig, sharding_fn: ShardingFn) -> dict[str, Any]:
   default = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
   with ocp.StandardCheckpointer(restore_concurrent_gb=max_read_gb(config)) as checkpointer:
     stored = flatten(checkpointer.metadata(path).item_metadata.tree)

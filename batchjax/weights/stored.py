@@ -5,8 +5,10 @@ from collections.abc import Callable
 
 import numpy as np
 
+from batchjax.config import ConfigError
 
-class WeightError(ValueError):
+
+class WeightError(ConfigError):
   """A stored model cannot be read, or does not compute; the message names file, field and remedy."""
 
 

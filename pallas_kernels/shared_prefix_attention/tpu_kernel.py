@@ -319,13 +319,12 @@ def _kernel(table, units, pages_hbm, kv_hbm, positions, q_rows, q_tiles, o_ref, 
         if hide:
           s = jnp.where(seen, s, _HIDDEN)
         top = jnp.where(mine, jnp.maximum(old_top, s.max(axis=1, keepdims=True)), old_top)
-        # Rows of other items keep their state, even where this one's KV is NaN.
-        shift = jnp.where(mine, top, -_HIDDEN) * to_log2
-        p = jnp.exp2(s * to_log2 - _lanes(shift, tiling.tile_kv))
+        p = jnp.exp2(s * to_log2 - _lanes(top * to_log2, tiling.tile_kv))
         keep = decay(old_top, top)
         acc = product(p.astype(q_tiles.dtype), kv_buf[slot, head, :tiling.tile_kv, values],
                       ((1,), (0,)))
         tile_top[head, at, :] = top
+        # Rows of other items keep their state, whatever this one's KV makes of them.
         tile_sum[head, at, :] = tile_sum[head, at, :] * keep + jnp.where(mine, _fold_lanes(p), 0.0)
         tile_acc[head, at, :] = (tile_acc[head, at, :] * _lanes(keep, width)
                                  + jnp.where(mine_acc, acc, 0.0))

@@ -278,6 +278,15 @@ def test_logits_that_are_not_finite_are_told_row_by_row(params, dtype):
   np.testing.assert_array_equal(np.isnan(top).any(axis=1), ~np.array(want))
 
 
+def test_nan_of_a_masked_stop_token_is_told_too():
+  logits = np.zeros((4, 20))
+  logits[1, 1], logits[2, 7], logits[3, 1] = np.nan, np.inf, -np.inf  # 1 is the end token
+  params = SamplingParams(min_tokens=3, stop_token_ids=(7, 7))
+  tokens, is_finite = sample_rows(logits, params)
+  np.testing.assert_array_equal(is_finite, [True, False, False, True])
+  assert not set(tokens[is_finite]) & {1, 7}
+
+
 def test_telling_costs_no_pass_over_the_vocabulary():
   """The largest logit is computed once for the draw; nothing else reduces over the vocabulary."""
   shape = jax.ShapeDtypeStruct((8, 1000), jnp.float32)

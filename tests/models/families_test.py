@@ -1,6 +1,7 @@
 """Hugging Face configs, as model repositories hold them, become the right `ModelConfig`."""
 
 import dataclasses
+import re
 
 import pytest
 
@@ -119,6 +120,119 @@ def test_families_name_themselves():
 def test_what_cannot_be_computed_is_named(changes, message):
   with pytest.raises(ConfigError, match=message):
     models.config_from_hf(dict(SMALL, model_type="llama") | changes)
+
+
+@pytest.mark.parametrize("model_type", models.FAMILIES)
+@pytest.mark.parametrize("name, value", [
+    ("mlp_bias", True), ("lm_head_bias", True), ("partial_rotary_factor", 0.5), ("rotary_pct", 0.25),
+    ("no_rope_layers", [1, 0]), ("alibi", True), ("use_mrope", True), ("is_causal", False),
+    ("add_cross_attention", True), ("use_bidirectional_attention", True),
+    ("attention_chunk_size", 8192), ("attn_output_gate", True), ("logit_scale", 0.0625),
+    ("logits_scaling", 8.0), ("embedding_multiplier", 12), ("residual_multiplier", 0.22),
+    ("attention_multiplier", 0.5), ("scale_emb", 12), ("num_experts", 8), ("num_local_experts", 8),
+    ("q_lora_rank", 512), ("quantization_config", {"quant_method": "awq", "bits": 4}),
+    ("quantization", {"group_size": 64, "bits": 4}), ("pruned_heads", {"0": [1]})])
+def test_settings_that_no_family_computes_are_refused(model_type, name, value):
+  hf_config = dict(SMALL, model_type=model_type)
+  models.config_from_hf(hf_config | {name: None})
+  with pytest.raises(ConfigError, match=rf"config\.json: {name}=.* is not supported for model_type "
+                     rf"'{model_type}': (take another model|load the model's own)"):
+    models.config_from_hf(hf_config | {name: value})
+
+
+@pytest.mark.parametrize("name, families", [
+    ("attention_bias", {"qwen2"}), ("sliding_window", set(models.FAMILIES) - {"llama"}),
+    ("use_sliding_window", {"qwen2", "qwen3"}), ("attn_logit_softcapping", {"gemma2", "gemma3_text"}),
+    ("final_logit_softcapping", {"gemma2", "gemma3_text"}),
+    ("query_pre_attn_scalar", {"gemma2", "gemma3_text"}), ("rope_local_base_freq", {"gemma3_text"}),
+    ("sliding_window_pattern", {"gemma3_text"}), ("use_qk_norm", {"qwen3", "gemma3_text"})])
+def test_settings_that_some_families_compute(name, families):
+  value = True if name in ("attention_bias", "use_sliding_window", "use_qk_norm") else 4
+  for model_type in models.FAMILIES:
+    hf_config = dict(SMALL, model_type=model_type) | {name: value}
+    if model_type in families:
+      models.config_from_hf(hf_config)
+    else:
+      with pytest.raises(ConfigError, match=f"{name}={value} is not supported for .*'{model_type}'"):
+        models.config_from_hf(hf_config)
+
+
+def test_settings_that_change_nothing_are_taken():
+  plain = models.config_from_hf(SMOLLM2)
+  assert plain == models.config_from_hf(SMOLLM2 | dict(
+      attention_bias=False, mlp_bias=False, num_experts=0, partial_rotary_factor=1.0, pruned_heads={},
+      layer_types=["full_attention"] * 30, use_sliding_window=False, quantization_config=None,
+      rope_interleaved=False, pretraining_tp=2, unsloth_fixed=True, transformers_version="4.40"))
+
+
+@pytest.mark.parametrize("model_type", models.FAMILIES)
+@pytest.mark.parametrize("name, value", [
+    *((name, value) for name in ("vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads",
+                                 "num_key_value_heads", "max_position_embeddings", "head_dim")
+      for value in (0, -1, 1.5, "8", True, [8], {}, 2**31, 10**400)),
+    *((name, value) for name in ("rms_norm_eps", "rope_theta")
+      for value in (0, -1.0, "1", True, [], float("nan"), float("inf"), 10**400)),
+    ("tie_word_embeddings", "true"), ("tie_word_embeddings", 1), ("hidden_act", 3), ("rope_scaling", []),
+    ("rope_parameters", "x"), ("eos_token_id", "2"), ("eos_token_id", [[1]]), ("bos_token_id", -1),
+    ("layer_types", "full_attention"), ("layer_types", [1] * 12), ("head_dim", 7),
+    ("num_hidden_layers", 10_001)])
+def test_wrong_values_are_one_line(model_type, name, value):
+  with pytest.raises(ConfigError, match=f"config.json: .*{name}=") as error:
+    models.config_from_hf(dict(SMALL, model_type=model_type) | {name: value})
+  assert "\n" not in str(error.value) and len(str(error.value)) < 300
+
+
+LINEAR = dict(rope_type="linear", factor=2.0)
+LLAMA3 = LLAMA3_2_1B["rope_scaling"]
+
+
+@pytest.mark.parametrize("rope, message", [
+    (dict(rope_type="linear"), "of type 'linear' lacks factor"),
+    (dict(factor=2.0), r"\.factor=2.0 is not supported for the rope type 'default': name the rope_type"),
+    (LINEAR | dict(attention_factor=0.5), "attention_factor=0.5 is not supported"),
+    (LINEAR | dict(type="llama3"), r"type='llama3' contradicts rope_type='linear'"),
+    (LINEAR | dict(factor=0), r"factor=0 must be a number above 0"),
+    (LINEAR | dict(factor="2"), r"factor='2' must be a number above 0"),
+    (LINEAR | dict(rope_theta=-1), r"rope_theta=-1 must be a number above 0"),
+    (LINEAR | dict(partial_rotary_factor=0.5), "part of the head"),
+    (LLAMA3 | dict(low_freq_factor=4.0), "low_freq_factor=4.0 must be below high_freq_factor=4.0"),
+    *((LLAMA3 | {name: None}, f"of type 'llama3' lacks {name}") for name in (
+        "factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings")),
+    *((dict(rope_type=kind, factor=2.0), f"rope type {re.escape(repr(kind))} is unknown; known: .*llama3") for kind in (
+        "yarn", "dynamic", "longrope", "proportional", 3, ["linear"])),
+])
+@pytest.mark.parametrize("name", ["rope_scaling", "rope_parameters"])
+def test_rope_settings_that_are_not_understood_are_refused(rope, message, name):
+  with pytest.raises(ConfigError, match=re.compile(f"config.json: {name}.*{message}")):
+    models.config_from_hf(LLAMA3_2_1B | dict(rope_scaling=None) | {name: rope})
+
+
+def test_rope_settings_that_contradict_each_other_are_refused():
+  both = LLAMA3_2_1B | dict(rope_parameters=LLAMA3_2_1B["rope_scaling"])
+  assert models.config_from_hf(both) == models.config_from_hf(LLAMA3_2_1B)
+  with pytest.raises(ConfigError, match="contradict each other: remove the wrong one"):
+    models.config_from_hf(both | dict(rope_parameters=dict(rope_type="default")))
+
+
+@pytest.mark.parametrize("rope, message", [
+    (dict(LINEAR), "lacks full_attention, an object"),
+    (dict(full_attention=LINEAR), "lacks sliding_attention"),
+    (dict(full_attention=LINEAR, sliding_attention=LINEAR), "sliding_attention: scaling is not supported"),
+    (dict(full_attention=dict(rope_type="linear"), sliding_attention={}),
+     r"rope_parameters\.full_attention of type 'linear' lacks factor")])
+def test_rope_settings_of_gemma3(rope, message):
+  with pytest.raises(ConfigError, match=message):
+    models.config_from_hf(dict(SMALL, model_type="gemma3_text", rope_parameters=rope))
+
+
+def test_key_value_heads_may_only_be_left_out_where_all_families_agree():
+  without = {name: value for name, value in SMALL.items() if name != "num_key_value_heads"}
+  for model_type in models.FAMILIES:
+    if model_type == "llama":
+      assert models.config_from_hf(dict(without, model_type=model_type)).num_kv_heads == 4
+    else:
+      with pytest.raises(ConfigError, match=r"lacks \['num_key_value_heads'\]"):
+        models.config_from_hf(dict(without, model_type=model_type))
 
 
 def test_configs_are_hashable():

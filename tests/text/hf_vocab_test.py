@@ -141,9 +141,37 @@ def test_what_the_files_get_wrong(byte_level_folder, write_tokenizer, tmp_path):
   (tmp_path / "tokenizer_config.json").write_text("{")
   with pytest.raises(ValueError, match="tokenizer_config.json is not JSON"):
     load_tokenizer(tmp_path)
-  (tmp_path / "tokenizer.json").write_text("[]")
-  with pytest.raises(ValueError, match="not a tokenizer.json"):
-    load_tokenizer(tmp_path)
+  for text, message in (("[]", "tokenizer.json holds a list where an object is meant"),
+                        ("{}", "is not a tokenizer.json: it has no `model`"),
+                        ('{"model": 3}', "tokenizer.json is damaged or incomplete")):
+    (tmp_path / "tokenizer.json").write_text(text)
+    with pytest.raises(ValueError, match=message):
+      load_tokenizer(tmp_path)
+
+
+@pytest.mark.parametrize("file, values, message", [
+    ("tokenizer_config.json", dict(bos_token=7), "names the token 7, which is no string"),
+    ("tokenizer_config.json", dict(chat_template=7), "chat_template must be a string"),
+    ("tokenizer_config.json", dict(chat_template=[{"name": "default"}]), "KeyError: 'template'"),
+    ("generation_config.json", dict(eos_token_id=[1, "2"]), "token id '2' is no integer"),
+    ("generation_config.json", dict(eos_token_id=-1), "token id -1 is no integer"),
+])
+def test_wrong_settings_beside_a_tokenizer_are_named(byte_level_folder, write_tokenizer, file, values,
+                                                     message):
+  folder = write_tokenizer(tokenizers.Tokenizer.from_file(str(byte_level_folder / "tokenizer.json")))
+  (folder / file).write_text(json.dumps(values))
+  with pytest.raises(ValueError, match=message) as error:
+    load_tokenizer(folder)
+  assert "\n" not in str(error.value) and str(folder) in str(error.value)
+
+
+def test_a_token_id_that_would_fill_the_memory_is_named(write_tokenizer):
+  backend = tokenizers.Tokenizer(models.BPE(vocab={"a": 0, "b": 1}, merges=[]))
+  backend.decoder = decoders.ByteLevel()
+  file = write_tokenizer(backend) / "tokenizer.json"
+  file.write_text(file.read_text().replace('"b": 1', f'"b": {2**31}'))
+  with pytest.raises(ValueError, match="token id 2147483648 is no integer from 0 to 16777215"):
+    load_tokenizer(file)
 
 
 @pytest.mark.parametrize("decoder", [decoders.WordPiece(), None,

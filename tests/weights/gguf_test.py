@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import math
 import pathlib
 
 import gguf
@@ -12,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 from batchjax import weights
-from batchjax.config import ModelSource, RopeScaling
+from batchjax.config import ConfigError, ModelSource, RopeScaling
 from batchjax.models import layers
 from batchjax.weights.gguf import unpermute_rope
 
@@ -77,7 +78,10 @@ def write(path, family, *, drop=(), kind=F32, extra=None, rope=None,
   if rope is not None:
     writer.add_tensor("rope_freqs.weight", rope.astype(np.float32))
   for name, value in (metadata or {}).items():
-    writer.add_uint32(name, value)
+    writer.kv_data[0].pop(name, None)
+    is_count = type(value) is int and value >= 0
+    writer.add_key_value(name, value, gguf.GGUFValueType.UINT32 if is_count
+                         else gguf.GGUFValueType.get_type(value))
   for name, tensor in load_file(GOLDENS / family / "model.safetensors").items():
     tensor = tensor.astype(np.float32)
     if arch == "llama" and name.endswith("q_proj.weight"):
@@ -182,6 +186,80 @@ def test_end_of_turn_tokens_end_a_sample_too(tmp_path):
   assert weights.load_config(source).eos_token_ids == (2, 9)
 
 
+@pytest.mark.parametrize("key, value, message", [
+    ("rope.scaling.factor", 4.0, "has no llama.rope.scaling.type that says how to scale"),
+    ("rope.scaling.type", "yarn", "is not supported: load the model's Hugging Face folder"),
+    ("rope.scaling.type", "longrope", "is not supported"), ("rope.scaling.type", 3, "is not supported"),
+    ("rope.scaling.type", "linear", "lacks llama.rope.scaling.factor"),
+    ("rope.scale_linear", 2.0, "is not understood here"),
+    ("rope.scaling.attn_factor", 0.5, "is not understood here"),
+    ("rope.scaling.alpha", 2.0, "is not understood here"),
+    ("rope.scaling.yarn_log_multiplier", 0.1, "is not understood here"),
+    ("rope.scaling.yarn_beta_fast", 32.0, "is not understood here"),
+    ("rope.dimension_sections", [8, 8], "is not understood here"),
+    ("rope.freq_base_swa", 1e4, "is not understood here"),
+    ("rope.dimension_count", 8, "differs from the size of a head, 16"),
+    ("rope.dimension_count", 32, "differs from the size of a head, 16"),
+    ("rope.freq_base", -1.0, "must be a number above 0"), ("rope.freq_base", "x", "must be a number"),
+    ("rope.freq_base", math.nan, "must be a number above 0"),
+    ("attention.value_length", 8, "differs from the size of a head"),
+    ("attention.sliding_window", 8, "is not supported for this architecture"),
+    ("attention.clamp_kqv", 8.0, "is not understood here"), ("attention.causal", False, "not understood"),
+    ("expert_count", 8, "is not understood here"), ("logit_scale", 0.5, "is not understood here"),
+    ("attn_logit_softcapping", 50.0, "is not understood here"), ("a_new_key", 1, "is not understood here"),
+    ("attention.head_count", 0, "must be an integer from 1 to 2147483647: fetch"),
+    ("attention.head_count", [4, 4], "must be an integer"), ("attention.head_count_kv", 0, "must be an"),
+    ("attention.head_count", "4", "must be an integer"), ("embedding_length", 2**31, "must be an integer"),
+    ("block_count", 2**31, "must be an integer from 1 to 10000"), ("context_length", 0, "must be an"),
+    ("attention.layer_norm_rms_epsilon", 0.0, "must be a number above 0"),
+])
+def test_keys_that_are_not_understood_are_named(key, value, message, tmp_path):
+  source = write(tmp_path / "m.gguf", "llama", metadata={f"llama.{key}": value})
+  with pytest.raises(weights.WeightError, match=rf"m\.gguf: llama\.{key}=.*{message}") as error:
+    weights.load_config(source)
+  assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("key, value", [
+    ("vocab_size", 99), ("rope.scaling.type", "none"), ("rope.scaling.factor", 1.0),
+    ("rope.scaling.factor", 0.0), ("rope.scale_linear", 1.0), ("rope.dimension_count", 16),
+    ("attention.causal", True), ("attention.sliding_window", 256), ("expert_count", 0),
+    ("rope.scaling.original_context_length", 64), ("attention.value_length", 16)])
+def test_keys_that_change_nothing_are_taken(key, value, tmp_path):
+  plain = weights.load_config(write(tmp_path / "plain.gguf", "llama"))
+  source = write(tmp_path / "m.gguf", "llama", metadata={f"llama.{key}": value})
+  assert weights.load_config(source) == plain
+
+
+@pytest.mark.parametrize("name", ["bos", "eos", "eot"])
+def test_token_ids_past_the_vocabulary_are_named(name, tmp_path):
+  source = write(tmp_path / "m.gguf", "llama", metadata={f"tokenizer.ggml.{name}_token_id": 128})
+  with pytest.raises(weights.WeightError, match=rf"{name}_token_id=128 must be an integer from 0 to 127"):
+    weights.load_config(source)
+
+
+def test_linear_scaling_beside_divisors_is_refused(tmp_path):
+  source = write(tmp_path / "m.gguf", "llama", rope=np.ones(8), metadata={
+      "llama.rope.scaling.type": "linear", "llama.rope.scaling.factor": 2.0})
+  with pytest.raises(weights.WeightError, match="='linear' is not supported beside rope_freqs.weight"):
+    weights.load_config(source)
+  source = write(tmp_path / "n.gguf", "llama", rope=np.ones(5))
+  with pytest.raises(weights.WeightError, match="rope_freqs.weight does not follow"):
+    weights.load_config(source)
+
+
+@pytest.mark.parametrize("pattern, local", [
+    (2, (0, 2, 4)), ([True, False, False, True, True, False], (0, 3, 4)), (None, (0, 1, 2, 3, 4))])
+def test_gemma3_says_which_layers_have_a_window(pattern, local, tmp_path):
+  key = "gemma3.attention.sliding_window_pattern"
+  config = weights.load_config(write(tmp_path / "m.gguf", "gemma3",
+                                     metadata={} if pattern is None else {key: pattern}))
+  assert tuple(i for i, kind in enumerate(config.layer_kinds) if kind == "local") == local
+  for wrong in (0, "x", [True] * 5, 1.5):
+    with pytest.raises(weights.WeightError, match=f"{key}=.* must be a period or a flag for each of 6"):
+      weights.load_config(write(tmp_path / "n.gguf", "gemma3", metadata={key: wrong}))
+
+
 def test_faults_name_the_tensor_and_the_file(tmp_path):
   source = write(tmp_path / "m.gguf", "llama", drop=("blk.1.ffn_up.weight",))
   with pytest.raises(weights.WeightError, match=r"m\.gguf \(blk\.1\.ffn_up\.weight\): lacks the "
@@ -202,7 +280,7 @@ def test_faults_name_the_tensor_and_the_file(tmp_path):
 def test_a_file_cut_short_is_named(num_bytes, tmp_path):
   source = write(tmp_path / "m.gguf", "llama")
   (tmp_path / "m.gguf").write_bytes((tmp_path / "m.gguf").read_bytes()[:num_bytes])
-  with pytest.raises(weights.WeightError, match=r"m\.gguf is damaged or incomplete"):
+  with pytest.raises(ConfigError, match=r"m\.gguf is damaged or incomplete"):
     weights.load_config(source)
 
 

@@ -191,7 +191,7 @@ def test_quantised_tensors_are_refused(folder):
 def test_a_file_cut_short_is_named(folder):
   file = folder / "model.safetensors"
   file.write_bytes(file.read_bytes()[:-100])
-  with pytest.raises(weights.WeightError, match=r"model\.safetensors is damaged or incomplete"):
+  with pytest.raises(ConfigError, match=r"model\.safetensors is damaged or incomplete"):
     load(folder)
 
 
@@ -220,6 +220,132 @@ def test_an_absent_shard_is_named(tmp_path):
   shard.unlink()
   with pytest.raises(weights.WeightError, match=f"names {shard.name}, which is not"):
     load(tmp_path)
+
+
+@pytest.fixture
+def sharded(tmp_path):
+  """The Llama golden in shards of a few tensors."""
+  weights.save_hf(str(tmp_path), load(GOLDENS / "llama"),
+                  weights.load_hf_config(ModelSource(str(GOLDENS / "llama"))), max_shard_bytes=20_000)
+  return tmp_path
+
+
+def edit_index(folder, edit):
+  path = folder / "model.safetensors.index.json"
+  index = json.loads(path.read_text())
+  edit(index["weight_map"])
+  path.write_text(json.dumps(index))
+
+
+def test_the_index_decides_where_a_tensor_is_read(sharded, caplog):
+  plain = load(GOLDENS / "llama")
+  name = "model.norm.weight"
+  others = [shard for shard in sorted(sharded.glob("*.safetensors")) if name not in load_file(shard)]
+  for shard in others:  # stale copies
+    save_file(load_file(shard) | {name: np.full(32, 7, np.float16)}, shard)
+  assert_equal(load(sharded).params, plain.params)
+  assert len(caplog.records) == 1 and f"{name} in {others[0].name}, {name} in" in caplog.text
+  assert "elsewhere or nowhere: these copies are not read" in caplog.text
+  edit_index(sharded, lambda placed: placed.update({name: others[-1].name}))
+  assert (load(sharded).params["params"]["final_norm"]["scale"] == 7).all()
+  assert weights.stored_dtype(ModelSource(str(sharded))) == "float16"
+
+
+def test_a_stale_tensor_may_be_of_any_kind(sharded):
+  shard = sorted(sharded.glob("*.safetensors"))[0]
+  save_file(load_file(shard) | {"old.q": np.zeros((3, 3), np.int8)}, shard)
+  assert_equal(load(sharded).params, load(GOLDENS / "llama").params)
+  assert weights.stored_dtype(ModelSource(str(sharded))) == "float16"
+
+
+def test_a_tensor_that_the_index_leaves_out_is_missing(sharded, caplog):
+  edit_index(sharded, lambda placed: placed.pop("model.norm.weight"))
+  with pytest.raises(weights.WeightError, match=r"lacks the tensor model\.norm\.weight.*fetch the model"):
+    load(sharded)
+  assert "model.norm.weight in model-0" in caplog.text
+
+
+def test_an_index_beside_a_single_file_decides_too(sharded, caplog):
+  shutil.copy(GOLDENS / "llama" / "model.safetensors", sharded)
+  edit_tensors(sharded, lambda t: t.update({k: v + 1 for k, v in t.items()}))
+  assert_equal(load(sharded).params, load(GOLDENS / "llama").params)
+  assert len(caplog.records) == 1
+  assert "in model.safetensors and " in caplog.text and "these copies are not read" in caplog.text
+
+
+def test_an_index_may_name_a_single_file(folder):
+  names = load_file(folder / "model.safetensors")
+  (folder / "model.safetensors.index.json").write_text(json.dumps(
+      {"weight_map": dict.fromkeys(names, "model.safetensors")}))
+  assert_equal(load(folder).params, load(GOLDENS / "llama").params)
+
+
+def test_shards_without_an_index_are_refused(sharded):
+  (sharded / "model.safetensors.index.json").unlink()
+  with pytest.raises(weights.WeightError, match="neither model.safetensors nor model.safetensors.index"):
+    load(sharded)
+
+
+@pytest.mark.parametrize("content, message", [
+    ("{", "index.json is not JSON"), ("[]", "holds a list"), ("{}", "weight_map must be .* got NoneType"),
+    ('{"weight_map": []}', "got list"), ('{"weight_map": {}}', "weight_map must be an object"),
+    *((json.dumps({"weight_map": {"model.norm.weight": file}}), message) for file, message in (
+        ("../x.safetensors", "places model.norm.weight in '../x.safetensors', which is no file of this"),
+        ("/etc/passwd", "in '/etc/passwd', which is no file of this folder"), ("", "in '', which is no"),
+        ("a/../../x", "which is no file of this folder: fetch the index again"), (3, "in 3, which is no"),
+        (None, "in None, which"), ("gone.safetensors", "names gone.safetensors, which is not in the"),
+        ("config.json", "config.json is damaged or incomplete"))),
+])
+def test_a_wrong_index_is_one_line(content, message, sharded):
+  (sharded / "model.safetensors.index.json").write_text(content)
+  for read in (load, lambda folder: weights.stored_dtype(ModelSource(str(folder)))):
+    with pytest.raises(ConfigError, match=message) as error:
+      read(sharded)
+    assert "\n" not in str(error.value) and str(sharded) in str(error.value)
+
+
+def header(text, size=None):
+  data = text if isinstance(text, bytes) else json.dumps(text).encode()
+  return (len(data) if size is None else size).to_bytes(8, "little") + data
+
+
+TENSOR = {"dtype": "F16", "shape": [4], "data_offsets": [0, 8]}
+
+
+@pytest.mark.parametrize("data", [
+    b"", b"\0" * 7, header(b"{", 2**63), header(b"{", 2**30), header(b"{}", 3), header(b"[]"),
+    header(b"\xff"), header({"x": TENSOR}), header({"x": TENSOR | {"dtype": "F9"}}) + bytes(8),
+    header({"x": TENSOR | {"shape": [5]}}) + bytes(8), header({"x": TENSOR | {"shape": [2**63, 4]}}),
+    header({"x": TENSOR, "y": TENSOR}) + bytes(8), header({"x": TENSOR}) + bytes(99),
+    header({"x": TENSOR | {"data_offsets": [8, 0]}}) + bytes(8)], ids=str)
+def test_a_damaged_safetensors_header_is_one_line(data, folder):
+  (folder / "model.safetensors").write_bytes(data)
+  with pytest.raises(ConfigError, match=r"model\.safetensors is damaged or incomplete \(") as error:
+    load(folder)
+  assert "\n" not in str(error.value)
+
+
+def test_quantised_tensors_have_no_stored_dtype(folder):
+  edit_tensors(folder, lambda t: t.update({"model.norm.weight": np.zeros(32, np.int8)}))
+  with pytest.raises(weights.WeightError, match="model.norm.weight is stored as I8; supported"):
+    weights.stored_dtype(ModelSource(str(folder)))
+
+
+@pytest.mark.parametrize("name", ["config.json", "generation_config.json"])
+@pytest.mark.parametrize("value", ["2", [2, "3"], [[2]], 2.5, -1, True, {"a": 1}], ids=str)
+def test_wrong_end_tokens_are_named(name, value, folder):
+  (folder / "generation_config.json").write_text("{}")
+  values = json.loads((folder / name).read_text())
+  (folder / name).write_text(json.dumps(values | {"eos_token_id": value}))
+  with pytest.raises(ConfigError, match=rf"{name}: eos_token_id=.* must be a token id or a list"):
+    weights.load_config(ModelSource(str(folder)))
+
+
+def test_errors_of_a_setting_name_the_folder(folder):
+  edit_config(folder, num_hidden_layers=2**31)
+  with pytest.raises(ConfigError, match=r"llama: config\.json: num_hidden_layers=2147483648 must be an "
+                     "integer from 1 to 10000: fetch the file again"):
+    weights.load_config(ModelSource(str(folder)))
 
 
 def test_an_unknown_family_or_path_is_named(folder, tmp_path):
