@@ -14,6 +14,7 @@ from batchjax.io import records, validate
 from batchjax.io.fields import InvalidField, one_line
 from batchjax.io.records import Record, RowError
 from batchjax.io.store import RequestReader, RequestWriter
+from batchjax.model_files import check_file
 from batchjax.plan.memory import num_kv_pages
 from batchjax.text import chat
 from batchjax.text.messages import MessageError
@@ -103,7 +104,9 @@ class _Renderer:
     try:
       sources = tokenizer.chat_templates
       if config.chat_template:
-        sources = {"default": pathlib.Path(config.chat_template).expanduser().read_text("utf-8")}
+        path = pathlib.Path(config.chat_template).expanduser()
+        check_file(path)
+        sources = {"default": path.read_text("utf-8")}
       self._templates = {name: chat.compile_template(source, config.limits)
                          for name, source in sources.items() if name in ("default", "tool_use")}
     except (OSError, ValueError) as e:

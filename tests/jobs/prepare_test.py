@@ -383,3 +383,12 @@ def test_no_good_row_at_all(tmp_path):
   assert (found.num_rows, len(found.errors), stored) == (2, 2, [])
   with RequestReader(tmp_path / "store") as store:
     assert np.array_equal(store.indices, []) and stop_strings(store) == ()
+
+
+@pytest.mark.parametrize("make", [os.mkfifo, os.mkdir, lambda path: None],
+                         ids=["pipe", "folder", "nothing"])
+def test_a_chat_template_that_is_no_file_is_refused_and_not_waited_for(tmp_path, make):
+  path = str(tmp_path / "t.jinja")
+  make(path)
+  with pytest.raises(ConfigError, match="chat_template=.*t.jinja"):
+    run(tmp_path, [{"prompt": "a"}], make_config(chat_template=path))
