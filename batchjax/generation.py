@@ -47,8 +47,9 @@ class StepEvent(NamedTuple):
     batch, bucket: what ran, in which shape.
     stats: the scheduler after its results were taken in.
     generated_tokens: tokens that it drew.
-    host_secs: planning, packing, dispatch and taking results in, while the device works.
+    host_secs: planning, packing, sending the inputs and taking results in, while the device works.
     step_secs: since the results before these came back.
+    launch_secs: handing the step to the runtime, which may wait there for the device.
   """
 
   batch: Batch
@@ -57,6 +58,7 @@ class StepEvent(NamedTuple):
   generated_tokens: int
   host_secs: float
   step_secs: float
+  launch_secs: float
 
 
 def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = EngineConfig(), *,
@@ -116,8 +118,8 @@ def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = E
                           engine.page_size, features)
   observe(StartEvent(planned - called, compiled - planned, time.perf_counter() - compiled))
 
-  def dispatch(batch: Batch, state: EngineState) -> tuple[Bucket, StepOutputs, EngineState]:
-    """Sends a batch to the device; does not wait for it."""
+  def dispatch(batch: Batch, state: EngineState) -> tuple[Bucket, float, StepOutputs, EngineState]:
+    """Sends a batch to the device; also returns the seconds of handing it over."""
     for admission in batch.admissions:
       table.set(admission.slot, admission.sampling_params, admission.sample_index)
       if features.penalties:
@@ -128,7 +130,9 @@ def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = E
                   prompt_logprobs=features.prompt_logprobs)
     count = (np.int32(batch.num_steps),) if batch.kind == "decode" else ()
     arguments = jax.device_put((inputs, *count))
-    return bucket, *steps[bucket](model.params, transitions, state, *arguments)
+    start = time.perf_counter()
+    results = steps[bucket](model.params, transitions, state, *arguments)
+    return bucket, time.perf_counter() - start, *results
 
   while window:
     observe(plan)
@@ -143,19 +147,20 @@ def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = E
         start = time.perf_counter()
         batch = scheduler.next_batch()
         if batch is not None:
-          bucket, outputs, state = dispatch(batch, state)
-          in_flight.append((batch, bucket, outputs, time.perf_counter() - start))
+          bucket, launch_secs, outputs, state = dispatch(batch, state)
+          host_secs = time.perf_counter() - start - launch_secs
+          in_flight.append((batch, bucket, outputs, host_secs, launch_secs))
         if batch is None and not in_flight:
           raise RuntimeError(f"the scheduler has nothing to run and nothing to wait for: "
                              f"{scheduler.stats}")
         if batch is None or len(in_flight) > engine.lookahead:
-          batch, bucket, outputs, host_secs = in_flight.popleft()
+          batch, bucket, outputs, host_secs, launch_secs = in_flight.popleft()
           outputs = jax.device_get(outputs)
           start = time.perf_counter()
           completions = scheduler.retire(batch, outputs)
           now = time.perf_counter()
           observe(StepEvent(batch, bucket, scheduler.stats, int((outputs.tokens >= 0).sum()),
-                            host_secs + now - start, now - last_read))
+                            host_secs + now - start, now - last_read, launch_secs))
           last_read = now
       yield from completions
     window, is_only_window = next(windows, ((), True))

@@ -162,7 +162,7 @@ def test_observers_see_plans_compiles_and_steps_in_order():
   steps = [event for event in events if isinstance(event, StepEvent)]
   for step in steps:
     assert step.batch.num_tokens <= step.bucket.num_tokens and step.batch.kind == step.bucket.kind
-    assert step.host_secs > 0 and step.step_secs > 0
+    assert step.host_secs > 0 and step.step_secs > 0 and step.launch_secs > 0
 
 
 def test_tokens_of_events_are_those_of_the_completions():

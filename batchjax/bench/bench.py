@@ -56,6 +56,7 @@ class Figures:
     steps: by kind, "mixed" and "decode".
     padding_waste: part of the launched tokens that is padding.
     host_share: part of `elapsed_secs` that the host spent planning, packing and taking in results.
+    launch_share: part that it spent in calls that hand steps to the runtime, waits for the device among it.
     kv_peak_use: largest part of the pool in use.
     num_preempted: rows preempted.
     decode_rows: rows of the fullest decode loop.
@@ -91,6 +92,7 @@ class Figures:
   steps: dict[str, StepTotals]
   padding_waste: float
   host_share: float
+  launch_share: float
   kv_peak_use: float
   num_preempted: int
   decode_rows: int
@@ -117,6 +119,7 @@ class _Step(NamedTuple):
   used_pages: int
   num_preempted: int
   host_secs: float
+  launch_secs: float
   secs: float
   floor_secs: float | None
 
@@ -192,6 +195,7 @@ def run(model: Model, workload: Workload, engine: EngineConfig, *, ceilings: Chi
       steps={kind: _totals([s for s in steps if s.kind == kind]) for kind in ("mixed", "decode")},
       padding_waste=1 - sum(s.useful_tokens for s in steps) / sum(s.launched_tokens for s in steps),
       host_share=sum(s.host_secs for s in steps) / elapsed,
+      launch_share=sum(s.launch_secs for s in steps) / elapsed,
       kv_peak_use=max(s.used_pages for s in steps) / windows[0][0].num_pages,
       num_preempted=sum(steps[i].num_preempted for i in last_of_window),
       decode_rows=decode_rows,
@@ -219,6 +223,7 @@ def _step(event: StepEvent, config: ModelConfig, ceilings: Chip | None) -> _Step
       launched_tokens=event.bucket.num_tokens * batch.num_steps,
       prompt_tokens=batch.num_prompt_tokens, generated_tokens=event.generated_tokens,
       used_pages=stats.used_pages, num_preempted=stats.num_preempted, host_secs=event.host_secs,
+      launch_secs=event.launch_secs,
       secs=event.step_secs,
       floor_secs=None if ceilings is None else dispatch_floor_secs(batch, config, ceilings))
 

@@ -140,7 +140,7 @@ def made_up_run(workload, tokens_per_row):
         Batch.empty(kind), tokens=np.zeros(num_tokens, int), num_steps=num_steps,
         samples=Samples(*[zeros] * 5, zeros > 0, zeros), num_prompt_tokens=prompt)
     return StepEvent(batch, Bucket(kind, bucket_tokens, 8, 8, 400),
-                     SchedulerStats(pages, 0, 0, 0, preempted), drawn, 0.25 * secs, secs)
+                     SchedulerStats(pages, 0, 0, 0, preempted), drawn, 0.25 * secs, secs, 0.5 * secs)
 
   def generate(model, requests, engine, *, observe, compiler_options):
     observe(CompileRecord("mixed 64", read_secs=3.0, cached=True))
@@ -178,6 +178,7 @@ def test_figures_of_known_events(monkeypatch):
   assert got.decode_rows == 3
   assert got.decode_ms_per_step == pytest.approx(150), "median of the loops with 3 rows"
   assert got.host_share == pytest.approx(0.25 * 10.5 / got.elapsed_secs)
+  assert got.launch_share == pytest.approx(0.5 * 10.5 / got.elapsed_secs)
   assert got.output_tokens == 21
   assert got.output_tokens_per_sec * got.elapsed_secs == pytest.approx(21)
   assert got.total_tokens_per_sec * got.elapsed_secs == pytest.approx(51)
