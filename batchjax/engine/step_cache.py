@@ -5,6 +5,7 @@ are code: whoever can write to the folder can run programs as its user.
 """
 
 import collections
+import contextlib
 import functools
 import hashlib
 import importlib
@@ -151,7 +152,8 @@ class StepFolder:
         raise ValueError("its content is not what was written")
       executable = serialize_executable.deserialize_and_load(
           *pickle.loads(payload), backend=device.client, execution_devices=[device])
-      os.utime(path)
+      with contextlib.suppress(OSError):  # a folder that may only be read serves as well
+        os.utime(path)
       return CompiledStep(executable, header["argument_bytes"], header["temp_bytes"])
     except _UNUSABLE as e:
       logging.warning("%s cannot be used, the step is compiled anew: %s", path, e)
@@ -168,10 +170,14 @@ class StepFolder:
       return
     header = {"key": str(key), "sha256": hashlib.sha256(payload).hexdigest(),
               "argument_bytes": step.argument_bytes, "temp_bytes": step.temp_bytes}
-    with tempfile.NamedTemporaryFile(dir=self._directory, delete=False) as f:
-      f.write(json.dumps(header).encode() + b"\n" + payload)
-    os.replace(f.name, self._path(key))
-    self._trim()
+    try:
+      with tempfile.TemporaryDirectory(dir=self._directory) as directory:
+        path = pathlib.Path(directory) / "entry"
+        path.write_bytes(json.dumps(header).encode() + b"\n" + payload)
+        os.replace(path, self._path(key))
+      self._trim()
+    except OSError as e:  # a full disk, say: the job has its step all the same
+      logging.warning("the compiled step %s is not kept: %s", key, e)
 
   def _path(self, key: StepKey) -> pathlib.Path:
     return self._directory / f"{key}{_SUFFIX}"

@@ -196,6 +196,22 @@ def test_entries_not_used_for_longest_go_when_there_are_too_many_bytes(tmp_path)
   assert set(folder.keys()) == {keys[0], keys[3]}
 
 
+def test_a_folder_that_cannot_be_written_costs_the_entry_alone(tmp_path, monkeypatch, caplog):
+  folder = step_cache.StepFolder(str(tmp_path), 1 << 40)
+  folder.put(KEY, small_step())
+
+  def full(*args, **kwargs):
+    raise OSError(28, "No space left on device")
+
+  monkeypatch.setattr("pathlib.Path.write_bytes", full)
+  monkeypatch.setattr(os, "utime", full)
+  with caplog.at_level(logging.WARNING):
+    folder.put(KEY._replace(num_slots=9), small_step())
+  assert "is not kept" in caplog.text and "No space left" in caplog.text
+  assert folder.keys() == [KEY] and os.listdir(tmp_path) == [f"{KEY}.step"]
+  assert folder.get(KEY, jax.devices()[0]) is not None
+
+
 def test_memory_keeps_the_latest():
   memory, step = step_cache.StepMemory(2), step_cache.CompiledStep(None, 0, 0)
   keys = [KEY._replace(num_slots=i) for i in range(3)]
