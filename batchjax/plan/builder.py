@@ -179,10 +179,10 @@ class BatchBuilder:
         is_first=order >= num_decoding, stop_state=stop_states[order])
 
   def _stop_state(self, seq: int) -> int:
-    """The state of a row's stop automaton after the tokens that it has."""
+    """The state of a row's stop automaton after the tokens that it has; plans may have no automata."""
     stop = self._requests[self._rows.request[seq]].sampling_params.stop
     state = 0
-    if stop:
+    if stop and self._stop_table is not None:
       start = self._stop_table.automaton[stop]
       for token in self._history.tokens(seq).tolist():
         state = int(self._stop_table.transitions[start + max(state, 0), token])

@@ -32,6 +32,13 @@ def plan(tmp_path, rows=None, **engine):
   return plan_file(config, str(tmp_path / "in.jsonl"), tmp_path, CHIPS["h100"], loaders)
 
 
+def test_stop_strings_need_no_automata(tmp_path):
+  # Rows of known length, and a pool in which some are preempted.
+  rows = [{"id": f"r{i}", "prompt": f"{i:04}", "max_tokens": 60, "stop": ["x", "yz"],
+           "ignore_eos": i % 2 == 0} for i in range(8)]
+  assert plan(tmp_path, rows, num_pages=40)["requests"] == len(rows)
+
+
 def test_counts_and_sharing(tmp_path):
   values = plan(tmp_path)
   assert (values["rows"], values["requests"], values["windows"]) == (NUM_GOOD + 1, NUM_GOOD, 1)
