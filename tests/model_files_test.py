@@ -103,7 +103,7 @@ def test_what_cannot_be_opened_is_named(tmp_path):
   (tmp_path / "b.json").symlink_to("nowhere")
   with pytest.raises(ConfigError, match=r"a\.json (is not there|cannot be read)"):
     model_files.read_object(tmp_path / "a.json")
-  with pytest.raises(ConfigError, match=r"b\.json is not there: fetch the model again"):
+  with pytest.raises(ConfigError, match=r"b\.json is not there: correct the path, or fetch the model again"):
     model_files.read_object(tmp_path / "b.json")
   with pytest.raises(ConfigError, match="cannot be read .*check its name"):
     model_files.check_file(tmp_path / ("x" * 5000))
