@@ -25,8 +25,8 @@ def check_file(path: pathlib.Path) -> None:
   except (OSError, ValueError) as error:
     raise ConfigError(f"{path} cannot be read ({_first_line(error)}): check its name and its "
                       "permissions") from error
-  raise ConfigError(f"{path} is no regular file: put the model's own file there" if found else
-                    f"{path} is not there: fetch the model again, or correct the path")
+  raise ConfigError(f"{path} is no regular file: put the file itself there" if found else
+                    f"{path} is not there: correct the path, or fetch the model again")
 
 
 def read_object(path: pathlib.Path) -> dict[str, Any]:
