@@ -110,7 +110,14 @@ def attend(q: jax.Array, kv_pages: jax.Array, schedule: Schedule, *, scale: floa
   def accumulate(state, q, kv, visible):
     """One online-softmax step. q [..., M, H], kv [..., C, 2H], visible [..., M, C]."""
     acc, top, total = state
-    keys, values = jnp.split(kv, 2, axis=-1)
+    # A slot that nobody may read can hold NaN, and 0 * NaN is NaN.
+    is_read = visible.any(axis=-2)[..., None]
+    if q.shape[-2] == group:  # one token: products with zeros are cheaper than copies of the halves
+      q = jnp.pad(q, [(0, 0)] * (q.ndim - 1) + [(0, head_dim)])
+      keys = values = jnp.where(is_read, kv, 0)
+    else:
+      keys, values = jnp.split(kv, 2, axis=-1)
+      values = jnp.where(is_read, values, 0)
     scores = jnp.einsum("...mh,...ch->...mc", q, keys, preferred_element_type=jnp.float32) * scale
     if soft_cap is not None:
       scores = soft_cap * jnp.tanh(scores / soft_cap)
@@ -119,11 +126,9 @@ def attend(q: jax.Array, kv_pages: jax.Array, schedule: Schedule, *, scale: floa
     shift = jnp.where(new_top == _NEG_INF, 0.0, new_top)  # nothing seen yet: exp(-inf - 0) = 0
     probs = jnp.exp(scores - shift[..., None])
     decay = jnp.exp(top - shift)
-    # A slot that nobody may read can hold NaN, and 0 * NaN is NaN.
-    values = jnp.where(visible.any(axis=-2)[..., None], values.astype(jnp.float32), 0.0)
-    new_acc = acc * decay[..., None] + jnp.einsum("...mc,...ch->...mh", probs, values)
-    # So can one that only others of the tile may read.
-    acc = jnp.where(visible.any(axis=-1)[..., None], new_acc, acc)
+    new = jnp.einsum("...mc,...ch->...mh", probs, values.astype(jnp.float32))[..., -head_dim:]
+    # A slot that only others of the tile may read can hold NaN too.
+    acc = jnp.where(visible.any(axis=-1)[..., None], acc * decay[..., None] + new, acc)
     return acc, new_top, total * decay + probs.sum(axis=-1)
 
   def gather(page_start, block, block_len):
