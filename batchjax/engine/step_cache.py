@@ -32,8 +32,9 @@ _SUFFIX = ".step"
 # What an entry that is damaged, or was made by other versions, may do to its reader.
 _UNUSABLE = (ValueError, KeyError, TypeError, AttributeError, ImportError, EOFError, OSError,
              pickle.UnpicklingError, jax.errors.JaxRuntimeError)
-# Settings that say where and how loudly JAX works, not what it compiles.
-_OTHER_SETTINGS = ("cache", "log", "traceback", "dump", "profil", "hlo_source_file")
+# Settings that say where and how loudly JAX works, not what it compiles; the device is in the key.
+_OTHER_SETTINGS = ("cache", "log", "traceback", "dump", "profil", "hlo_source_file", "platform",
+                   "visible_devices")
 
 
 class StepKey(NamedTuple):
