@@ -6,6 +6,8 @@ import pathlib
 import shutil
 import tempfile
 
+import pytest
+
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -27,3 +29,22 @@ def pytest_collection_modifyitems(items):
   """The folders of the longest tests come first: at the end the workers share out what is short."""
   folder = lambda item: item.path.parent.name
   items.sort(key=lambda item: ("e2e", "kernels", folder(item)).index(folder(item)))
+
+
+def _quickly():
+  import jax  # reads the environment above
+  jax.config.update("jax_disable_most_optimizations", True)
+  yield
+  jax.config.update("jax_disable_most_optimizations", False)
+
+
+@pytest.fixture
+def quick_compiler():
+  """XLA spends no time on fast code, where compiling takes seconds and running milliseconds."""
+  yield from _quickly()
+
+
+@pytest.fixture(scope="module")
+def quick_compiler_of_module():
+  """The same for a whole module, its fixtures included."""
+  yield from _quickly()

@@ -26,13 +26,8 @@ FAKE = Model(fake_config(eos=(5,)), {})
 MAX_LEN = 64
 COMPILE_EVENT = "/jax/core/compile/backend_compile_duration"
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-  """Texts do not depend on how well the steps were optimised, and less of it takes less time."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+# Texts do not depend on how well the steps were optimised, and less of it takes less time.
+pytestmark = pytest.mark.usefixtures("quick_compiler_of_module")
 
 
 @pytest.fixture(scope="module")

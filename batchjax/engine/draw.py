@@ -58,7 +58,7 @@ class Weights(NamedTuple):
 
 
 def draw(logits: Array, maxima: Array, highest: Array, inputs: SamplingInputs, positions: Array,
-          features: SamplingFeatures) -> Array:
+         features: SamplingFeatures) -> Array:
   """Steps 5 to 7 of `sample`; `maxima` are those of each column, `highest` of all.
 
   The nucleus is never computed. A token is drawn from all that are left, and

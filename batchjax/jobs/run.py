@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from batchjax import report
-from batchjax.config import ConfigError, JobConfig, ModelConfig
+from batchjax.config import JobConfig, ModelConfig
 from batchjax.engine.device import chip_of, memory_limit
 from batchjax.engine.sampling_inputs import SamplingFeatures
 from batchjax.generation import generate

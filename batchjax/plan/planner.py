@@ -6,7 +6,6 @@ import functools
 import math
 import sys
 from collections.abc import Callable, Collection, Sequence
-from typing import Any
 
 from jaxtyping import Int
 import numpy as np

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 
@@ -52,13 +51,8 @@ REQUESTS = make_requests()
 # Draws and stop strings, without the rest of sampling: their steps compile much faster.
 SIMPLE = [request for request in REQUESTS if request.request_id[0] in "012"]
 
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compiles():
-  """Texts do not depend on how well the steps were optimised, and less of it takes less time."""
-  jax.config.update("jax_disable_most_optimizations", True)
-  yield
-  jax.config.update("jax_disable_most_optimizations", False)
+# Texts do not depend on how well the steps were optimised, and less of it takes less time.
+pytestmark = pytest.mark.usefixtures("quick_compiler_of_module")
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """What a job does with its folder, its paths and a full disk: nothing done is lost, nothing planted is used."""
 
-import json
 import os
 import pathlib
 import resource
