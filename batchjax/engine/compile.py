@@ -1,10 +1,12 @@
 """Every shape of a job, compiled before its first token."""
 
 import concurrent.futures
+import contextlib
 import functools
+import gc
 import os
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -13,7 +15,7 @@ import numpy as np
 
 from batchjax.cache.kv_state import init_kv_state
 from batchjax.config import EngineConfig, ModelConfig
-from batchjax.engine import sampling, step, step_cache
+from batchjax.engine import gpu_kernels, sampling, step, step_cache
 from batchjax.engine.sampling_inputs import SamplingFeatures, SamplingTable
 from batchjax.plan.batch import Admission
 from batchjax.plan.buckets import Bucket
@@ -147,7 +149,8 @@ class StepCompiler:
     """All steps of a job.
 
     Shapes are looked up side by side. What is missing is lowered one after the other, since that
-    is Python, while those lowered before compile in other threads.
+    is Python, while those lowered before compile in other threads, their kernels in threads of
+    their own.
 
     Args:
       state: shapes of the state that the steps will get.
@@ -162,13 +165,19 @@ class StepCompiler:
                        functools.partial(self._lower_admit, state))
     with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
       found = dict(zip(jobs, pool.map(lambda job: self._find(job[0]), jobs.values())))
-      built = {}
+      built, kernels = {}, {}
       for name, (key, lower) in jobs.items():
         if found[name] is None:
           start = time.perf_counter()
-          lowered = lower()
+          with _uncollected():
+            lowered = lower()
+          for digest, kernel in gpu_kernels.kernels_of(lowered).items():
+            if digest not in kernels:
+              kernels[digest] = pool.submit(kernel.compile)
           built[name] = pool.submit(self._build, key, lowered, time.perf_counter() - start)
       results = {name: found[name] or built[name].result() for name in jobs}
+      for kernel in kernels.values():
+        kernel.result()
     return Steps({name: executable for name, (executable, _) in results.items()},
                  [record for _, record in results.values()])
 
@@ -217,6 +226,19 @@ class StepCompiler:
     tokens = jax.ShapeDtypeStruct((self._max_len,), jnp.int32)
     return jax.jit(sampling.admit, donate_argnums=0).lower(
         state.penalties, jax.ShapeDtypeStruct((), jnp.int32), tokens, tokens)
+
+
+@contextlib.contextmanager
+def _uncollected() -> Iterator[None]:
+  """Python's garbage collector waits: tracing makes a million objects that live, and it would look at
+  all of the process again and again."""
+  enabled = gc.isenabled()
+  gc.disable()
+  try:
+    yield
+  finally:
+    if enabled:
+      gc.enable()
 
 
 def _name(key: step_cache.StepKey) -> str:

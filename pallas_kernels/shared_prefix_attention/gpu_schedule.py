@@ -176,9 +176,14 @@ def make_schedule(segments, page_indices: jax.Array, positions: jax.Array, tilin
   item, local, here = _expand(size, capacity)
   token_of = jnp.where(here, table[item, TOKEN] + local, num_tokens)
   lse_row = (item * tiling.item_rows + _row(local, tiling)).astype(jnp.int32)
-  slots = jnp.arange(capacity, dtype=jnp.int32)
-  token_of, slots, lse_row = jax.lax.sort((token_of, slots, lse_row), num_keys=1)
   counts = jnp.zeros((num_tokens,), jnp.int32).at[token_of].add(1, mode="drop")
+  starts = jnp.pad(jnp.cumsum(counts, dtype=jnp.int32), (1, 0))
+  # Slots of a token stand in the order of their items.
+  begin, end = table[:, TOKEN], table[:, TOKEN] + size
+  earlier = ((begin <= token_of[:, None]) & (token_of[:, None] < end)
+             & (jnp.arange(num_items) < item[:, None])).sum(axis=1, dtype=jnp.int32)
+  place = jnp.where(here, jnp.take(starts, token_of, mode="clip") + earlier, capacity)
+  placed = lambda values: jnp.zeros((capacity,), jnp.int32).at[place].set(values, mode="drop")
 
   own_row = jnp.arange(num_items)[:, None] * tiling.item_rows
   own_row += _row(jnp.arange(tiling.wide_tokens), tiling)
@@ -195,8 +200,8 @@ def make_schedule(segments, page_indices: jax.Array, positions: jax.Array, tilin
       merge=Merge(
           tokens=todo_first.astype(jnp.int32),
           num_tokens=jnp.sum(todo, dtype=jnp.int32)[None],
-          starts=jnp.pad(jnp.cumsum(counts, dtype=jnp.int32), (1, 0)),
-          slots=slots, lse_rows=lse_row, direct_row=direct_row),
+          starts=starts, slots=placed(jnp.arange(capacity, dtype=jnp.int32)),
+          lse_rows=placed(lse_row), direct_row=direct_row),
       page_indices=page_indices.astype(jnp.int32),
       row_positions=_row_positions(positions, tiling),
       tiling=tiling)
@@ -233,6 +238,15 @@ def _expand(counts: jax.Array, capacity: int):
   owner = jnp.cumsum(owner) - 1
   unit = jnp.arange(capacity, dtype=jnp.int32)
   return owner, unit - starts[owner], unit < jnp.sum(counts)
+
+
+def _order(first: jax.Array, second: jax.Array) -> jax.Array:
+  """Stable argsort by two keys. By comparing all pairs: XLA takes seconds to compile a sort."""
+  place = jnp.arange(first.shape[0], dtype=jnp.int32)
+  less, same = first < first[:, None], first == first[:, None]
+  less |= same & ((second < second[:, None])
+                  | ((second == second[:, None]) & (place < place[:, None])))
+  return jnp.zeros_like(place).at[less.sum(axis=1, dtype=jnp.int32)].set(place)
 
 
 def _tokens(table: jax.Array, tiling: Tiling):
@@ -277,7 +291,7 @@ def _fold(segments, tiling: Tiling, max_levels: int):
       values.astype(jnp.int32), mode="drop")
   # Children side by side, from the first token to the last: disjoint, and nothing between them.
   # Segments without a parent, of which there is one at least, come first.
-  order = jnp.lexsort((first, parent))
+  order = _order(parent, first)
   before = jnp.where(jnp.roll(parent[order], 1) == parent[order], jnp.roll(last[order], 1),
                      first[parent[order]])
   apart = jnp.zeros((num_segments,), bool).at[order].set(first[order] != before)
@@ -369,7 +383,8 @@ def _split(tiles: jax.Array, is_wide: jax.Array, tiling: Tiling):
   cost = jnp.where(here, jnp.minimum(length[owner], blocks[owner] - local * length[owner]), 0)
   # Unused rows last: after the wide items, as if of a third kind.
   kind = jnp.where(here, is_wide[owner].astype(jnp.int32), 2)
-  _, _, owner, local, here = jax.lax.sort((kind, -cost, owner, local, here), num_keys=2)
+  order = _order(kind, -cost)
+  owner, local, here = owner[order], local[order], here[order]
   table, size = tiles[owner], size[owner]
   begin = local * length[owner]  # in blocks, those of the head first
   end, own = begin + length[owner], head_blocks[owner]
