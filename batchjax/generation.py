@@ -13,7 +13,7 @@ from batchjax.config import ConfigError, EngineConfig, ModelConfig
 from batchjax.engine import compile as compile_lib
 from batchjax.engine import startup
 from batchjax.engine.device import chip_of, memory_limit
-from batchjax.engine.pack import pack
+from batchjax.engine.pack import pack, pack_admissions
 from batchjax.engine.sampling_inputs import SamplingFeatures, SamplingTable
 from batchjax.engine.step import EngineState
 from batchjax.models import Transformer
@@ -122,9 +122,8 @@ def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = E
     """Sends a batch to the device; also returns the seconds of handing it over."""
     for admission in batch.admissions:
       table.set(admission.slot, admission.sampling_params, admission.sample_index)
-      if features.penalties:
-        tokens = jax.device_put(compile_lib.admission_inputs(admission, config.max_len))
-        state = state.replace(penalties=steps["admit"](state.penalties, *tokens))
+    for known in pack_admissions(batch.admissions, max_rows) if features.penalties else ():
+      state = state.replace(penalties=steps["admit"](state.penalties, *jax.device_put(known)))
     bucket = planner.pick_bucket(buckets, batch.kind, batch.num_tokens)
     inputs = pack(batch, bucket, table, page_size=engine.page_size,
                   prompt_logprobs=features.prompt_logprobs)

@@ -11,13 +11,12 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from batchjax.cache.kv_state import init_kv_state
 from batchjax.config import EngineConfig, ModelConfig
 from batchjax.engine import gpu_kernels, sampling, step, step_cache
+from batchjax.engine.pack import ADMITTED_TOKENS
 from batchjax.engine.sampling_inputs import SamplingFeatures, SamplingTable
-from batchjax.plan.batch import Admission
 from batchjax.plan.buckets import Bucket
 from batchjax.types import SamplingInputs, Segments, StepInputs, StopTable
 
@@ -119,7 +118,7 @@ class StepCompiler:
     self._params = step_cache.shapes_of(params)
     self._transitions = step_cache.shapes_of(None if stop_table is None else stop_table.transitions)
     self._sampling = SamplingTable(1, features, config.eos_token_ids).rows
-    self._max_decode_steps, self._max_len = engine.max_decode_steps, config.max_len
+    self._max_decode_steps = engine.max_decode_steps
     self._options = (COMPILER_OPTIONS.get(device.platform) if compiler_options is None
                      else compiler_options)
     self._folder = None
@@ -134,7 +133,7 @@ class StepCompiler:
     return step_cache.base_key(
         self._module, self._device, features=self._features, params=self._params,
         transitions=self._transitions, sampling=[x.shape[1:] for x in self._sampling],
-        page=self._page, max_decode_steps=self._max_decode_steps, max_len=self._max_len,
+        page=self._page, max_decode_steps=self._max_decode_steps,
         options=self._options)
 
   def available(self, num_pages: int) -> set[tuple[Bucket, int]]:
@@ -160,7 +159,7 @@ class StepCompiler:
     jobs = {bucket: (step_cache.StepKey(self.base, bucket, num_slots, num_pages),
                      functools.partial(self.lower, bucket, state)) for bucket in buckets}
     if self._features.penalties:
-      shape = Bucket("admit", self._max_len, 1, 0, 0)
+      shape = Bucket("admit", ADMITTED_TOKENS, num_slots, 0, 0)
       jobs["admit"] = (step_cache.StepKey(self.base, shape, num_slots, 0),
                        functools.partial(self._lower_admit, state))
     with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
@@ -223,9 +222,11 @@ class StepCompiler:
     return jax.jit(fn, donate_argnums=2).lower(self._params, self._transitions, state, inputs, *count)
 
   def _lower_admit(self, state: step.EngineState) -> jax.stages.Lowered:
-    tokens = jax.ShapeDtypeStruct((self._max_len,), jnp.int32)
+    array = lambda size, dtype: jax.ShapeDtypeStruct((size,), dtype)
+    tokens = array(ADMITTED_TOKENS, jnp.int32)
     return jax.jit(sampling.admit, donate_argnums=0).lower(
-        state.penalties, jax.ShapeDtypeStruct((), jnp.int32), tokens, tokens)
+        state.penalties, array(len(state.done), jnp.int32), tokens, tokens,
+        array(ADMITTED_TOKENS, jnp.uint16))
 
 
 @contextlib.contextmanager
@@ -260,10 +261,3 @@ def input_shapes(bucket: Bucket, sampling_rows: SamplingInputs,
       sampling=jax.tree.map(
           lambda x: jax.ShapeDtypeStruct((bucket.num_rows, *x.shape[1:]), x.dtype), sampling_rows),
       next_tokens=tokens if features.prompt_logprobs else None)
-
-
-def admission_inputs(admission: Admission, max_len: int) -> tuple[np.ndarray, ...]:
-  """Arguments of the "admit" step behind the penalty state."""
-  pad = lambda tokens: np.pad(tokens, (0, max_len - len(tokens)), constant_values=-1)
-  return (np.int32(admission.slot), pad(admission.prompt_tokens.astype(np.int32)),
-          pad(admission.output_tokens.astype(np.int32)))

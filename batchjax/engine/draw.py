@@ -18,12 +18,14 @@ from batchjax.types import SamplingInputs
 
 # Sums over the vocabulary are trees of this fan-out.
 _FAN_OUT = 16
+# Stands for NaN and infinity, which no later step has to mind; no model gives it.
+LIMIT = float(jnp.finfo(jnp.float32).max)
 # exp(-60) and sums of such weights are normal numbers, which no device flushes to zero.
 _MIN_EXPONENT = -60.0
 # The reciprocals of smaller numbers overflow; rows this cold are greedy but for exact ties.
 _MIN_TEMPERATURE = 1e-30
-# One in so many rows is drawn again at a time.
-_SOME_ROWS = 8
+# Of the rows, one in so many is drawn again at a time: many at first, few when few are left.
+_SHARES = (8, 64)
 # Up to here the k-th largest logit comes from lax.top_k, above from a search over its bits.
 _MAX_SELECT = 1024
 
@@ -43,74 +45,118 @@ class Weights(NamedTuple):
   def of(self, logits: Array, lowest: Array) -> Array:
     """Weights of some of each row's logits f32[R, n]; 0 below `lowest` f32[R] and where it is NaN."""
     exponents = (logits - self.highest[:, None]) * self.coldness[:, None]
-    kept = (logits >= lowest[:, None]) & (exponents >= _MIN_EXPONENT)
-    return jnp.where(kept, jnp.exp(exponents), 0.0)
+    return jnp.where(logits >= lowest[:, None], _weight(exponents), 0.0)
 
-  def sums(self, lowest: Array) -> Array:
-    """f32[R, C], the weight of each column of `columns` without tokens below `lowest`."""
-    sums = functools.reduce(operator.add, (self.of(x, lowest) for x in columns(self.logits)))
+  def sums(self, *lowest: Array) -> list[Array]:
+    """f32[R, C] for each `lowest`: the weight of each column of `columns` without tokens below it."""
+    parts = columns(self.logits)
+    sums = [functools.reduce(operator.add, (self.of(x, least) for x in parts)) for least in lowest]
     # Else XLA fuses the next level of the tree into this pass, which then takes four times as long.
     return lax.optimization_barrier(sums)
 
-  def mass(self, lowest: Array) -> Array:
-    """f32[R], the weight of all tokens that are not below `lowest`."""
-    return sum_tree(self.sums(lowest))[1]
+
+def highest_and_sums(logits: Array, coldness: Array) -> tuple[Array, Array]:
+  """The largest `finite` logit of each row f32[R], and `Weights.sums` of all tokens, in one pass.
+
+  Columns are summed relative to their own maxima, and scaled when the row's is known.
+  """
+  parts = columns(logits)
+  maxima = functools.reduce(jnp.maximum, map(finite, parts))
+  sums = functools.reduce(operator.add, (_weight((x - maxima) * coldness[:, None]) for x in parts))
+  maxima, sums = lax.optimization_barrier((maxima, sums))
+  highest = maxima.max(axis=1)
+  sums *= _weight((maxima - highest[:, None]) * coldness[:, None])
+  # Products that are added in the same program may be rounded once or twice.
+  return highest, lax.optimization_barrier(sums)
 
 
-def draw(logits: Array, maxima: Array, highest: Array, inputs: SamplingInputs, positions: Array,
-         features: SamplingFeatures) -> Array:
-  """Steps 5 to 7 of `sample`; `maxima` are those of each column, `highest` of all.
+def _weight(exponents: Array) -> Array:
+  return jnp.where(exponents >= _MIN_EXPONENT, jnp.exp(exponents), 0.0)
+
+
+def finite(logits: Array) -> Array:
+  """Finite logits, of which the largest says whether all were so."""
+  return jnp.nan_to_num(logits, nan=LIMIT, posinf=LIMIT, neginf=-LIMIT)
+
+
+def draw(logits: Array, inputs: SamplingInputs, positions: Array,
+         features: SamplingFeatures) -> tuple[Array, Array]:
+  """Steps 5 to 7 of `sample`: a token of each row, and its largest `finite` logit.
 
   The nucleus is never computed. A token is drawn from all that are left, and
   it lies in the nucleus if the tokens more likely than it have less than
   top_p of the mass. If not, neither it nor any less likely one does: they are
   struck out and the draw is repeated. That is rejection sampling, so what it
-  accepts is distributed as the nucleus exactly. The pass over the vocabulary
-  that tests a token also sums the mass for its successor, and few are needed;
-  all but the first are over the rows in doubt alone.
+  accepts is distributed as the nucleus exactly. One pass over the vocabulary
+  tests two tokens and sums the mass for their successor; what more it takes is
+  done for the rows in doubt alone, of which there are few.
   """
   temperature = jnp.maximum(inputs.temperature, _MIN_TEMPERATURE)
-  lowest = jnp.full_like(highest, -jnp.inf)
-  if features.min_p:  # two roundings, in whatever program
-    lowest = highest + lax.optimization_barrier(temperature * jnp.log(inputs.min_p))
-  if features.max_top_k:
-    kth = kth_largest(logits, maxima, inputs.top_k, features.max_top_k)
-    lowest = jnp.maximum(lowest, jnp.where(inputs.top_k > 0, kth, -jnp.inf))
-
-  weights = Weights(logits, highest, 1 / temperature)
+  coldness = 1 / temperature
+  lowest = jnp.full(temperature.shape, -jnp.inf)
+  if features.min_p or features.max_top_k:
+    maxima = functools.reduce(jnp.maximum, map(finite, columns(logits)))
+    highest = maxima.max(axis=1)
+    if features.min_p:  # two roundings, in whatever program
+      lowest = highest + lax.optimization_barrier(temperature * jnp.log(inputs.min_p))
+    if features.max_top_k:
+      kth = kth_largest(logits, maxima, inputs.top_k, features.max_top_k)
+      lowest = jnp.maximum(lowest, jnp.where(inputs.top_k > 0, kth, -jnp.inf))
+    weights = Weights(logits, highest, coldness)
+    sums, = weights.sums(lowest)
+  else:
+    highest, sums = highest_and_sums(logits, coldness)
+    weights = Weights(logits, highest, coldness)
   row_keys = jax.vmap(_row_key)(inputs.seed, inputs.sample_index, positions)
-  attempts = jnp.zeros(highest.shape, jnp.int32)
-  tree, mass = sum_tree(weights.sums(lowest))
-  tokens = _descend(weights, tree, lowest, row_keys, attempts)
+  tree, mass = sum_tree(sums)
+  propose = lambda attempt: _descend(weights, tree, lowest, row_keys,
+                                     jnp.full(highest.shape, attempt, jnp.int32))
+  first = propose(0)
   if not features.top_p:
-    return tokens
+    return first, highest
   nucleus_mass = inputs.top_p * mass
-  always = inputs.top_p >= 1
+  second = propose(1)
+  above_first, above_second = _above(weights, first), _above(weights, second)
+  above = jnp.maximum(above_first, above_second)
+  sums, sums_of_both = weights.sums(above, jnp.minimum(above_first, above_second))
+  mass_above, mass_above_both = sum_tree(sums)[1], sum_tree(sums_of_both)[1]
+  inside = lambda its: _is_inside(jnp.where(its == above, mass_above, mass_above_both), nucleus_mass)
+  is_first = (inputs.top_p >= 1) | inside(above_first)
+  accepted = is_first | inside(above_second)
+  attempts = jnp.full(highest.shape, 2, jnp.int32)
+  again = _descend(weights, sum_tree(sums)[0], above, row_keys, attempts)
+  tokens = jnp.where(is_first, first, jnp.where(accepted, second, again))
 
-  def propose_again(weights, tokens, nucleus_mass, row_keys, attempts):
-    """Whether each token is accepted, and its successor if it is not."""
-    drawn = jnp.take_along_axis(weights.logits, tokens[:, None], axis=1)[:, 0]
-    above = _next_up(drawn)
-    tree, mass_above = sum_tree(weights.sums(above))
-    accepted = (mass_above < nucleus_mass) | (mass_above == 0)
-    again = _descend(weights, tree, above, row_keys, attempts)
-    return accepted, jnp.where(accepted, tokens, again)
-
-  num_rows = len(highest)
-  num_some = -(-num_rows // _SOME_ROWS)
-
-  def for_some(carry):
+  def for_some(num_some, carry):
+    """Tests the proposals of some of the rows in doubt, and draws again where one is refused."""
     attempts, tokens, accepted = carry
-    rows, = jnp.nonzero(~accepted, size=num_some, fill_value=num_rows)
+    rows, = jnp.nonzero(~accepted, size=num_some, fill_value=len(highest))
     of = functools.partial(jnp.take, indices=rows, axis=0, mode="clip")
-    some = jax.tree.map(of, (weights, tokens, nucleus_mass, row_keys, attempts + 1))
-    some_accepted, some_tokens = propose_again(*some)
-    return (attempts.at[rows].add(1, mode="drop"), tokens.at[rows].set(some_tokens, mode="drop"),
-            accepted.at[rows].set(some_accepted, mode="drop"))
+    some, its_tokens, its_mass, its_keys, its_attempts = jax.tree.map(
+        of, (weights, tokens, nucleus_mass, row_keys, attempts + 1))
+    above = _above(some, its_tokens)
+    tree, mass_above = sum_tree(*some.sums(above))
+    is_inside = _is_inside(mass_above, its_mass)
+    its_tokens = jnp.where(is_inside, its_tokens, _descend(some, tree, above, its_keys, its_attempts))
+    put = lambda values, new: values.at[rows].set(new, mode="drop")
+    return put(attempts, its_attempts), put(tokens, its_tokens), put(accepted, is_inside)
 
-  accepted, proposed = propose_again(weights, tokens, nucleus_mass, row_keys, attempts + 1)
-  tokens, accepted = jnp.where(always, tokens, proposed), accepted | always
-  return lax.while_loop(lambda carry: ~carry[2].all(), for_some, (attempts + 1, tokens, accepted))[1]
+  carry = attempts, tokens, accepted
+  for share, following in zip(_SHARES, (*_SHARES[1:], None)):
+    count = lambda share: 0 if share is None else -(-len(highest) // share)
+    carry = lax.while_loop(lambda carry: (~carry[2]).sum() > count(following),
+                           functools.partial(for_some, count(share)), carry)
+  return carry[1], highest
+
+
+def _above(weights: Weights, tokens: Array) -> Array:
+  """The least logit above that of each row's token."""
+  return _next_up(jnp.take_along_axis(weights.logits, tokens[:, None], axis=1)[:, 0])
+
+
+def _is_inside(mass_above: Array, nucleus_mass: Array) -> Array:
+  """Whether a token lies in the nucleus, by the mass of the tokens more likely than it."""
+  return (mass_above < nucleus_mass) | (mass_above == 0)
 
 
 def _row_key(seed: Array, sample_index: Array, position: Array) -> Array:

@@ -1,11 +1,16 @@
 """A batch as the padded arrays of its bucket; numpy only."""
 
+from collections.abc import Iterator, Sequence
+
 import numpy as np
 
-from batchjax.engine.sampling_inputs import SamplingTable
-from batchjax.plan.batch import Batch
+from batchjax.engine.sampling_inputs import IN_PROMPT, MAX_COUNT, SamplingTable
+from batchjax.plan.batch import Admission, Batch
 from batchjax.plan.buckets import Bucket
 from batchjax.types import Segments, StepInputs
+
+# Tokens of admitted rows that go to the device at a time.
+ADMITTED_TOKENS = 1 << 16
 
 
 def pack(batch: Batch, bucket: Bucket, table: SamplingTable, *, page_size: int,
@@ -68,6 +73,43 @@ def pack(batch: Batch, bucket: Bucket, table: SamplingTable, *, page_size: int,
       num_generated=_pad(samples.num_generated, bucket.num_rows, 0),
       sampling=table.gather(slots),
       next_tokens=_next_tokens(batch, bucket) if prompt_logprobs else None)
+
+
+def pack_admissions(admissions: Sequence[Admission], max_rows: int) -> Iterator[tuple[np.ndarray, ...]]:
+  """What the penalties must know of rows that enter their slots.
+
+  Args:
+    admissions: of a batch.
+    max_rows: number of slots.
+
+  Yields:
+    Arguments of the "admit" step behind the penalty state, padded with -1: i32[max_rows], the slots
+    to start over; then i32[C] slots, i32[C] tokens and u16[C], what each token is to the row, with
+    C = ADMITTED_TOKENS. Pairs of slot and token that come twice come with the same value.
+  """
+  if not admissions:
+    return
+  known = [_known_tokens(admission) for admission in admissions]
+  slots = np.repeat([a.slot for a in admissions], [len(tokens) for tokens, _ in known])
+  tokens, values = (np.concatenate(parts) for parts in zip(*known, strict=True))
+  fresh = [a.slot for a in admissions]
+  for begin in range(0, max(len(slots), 1), ADMITTED_TOKENS):
+    here = slice(begin, begin + ADMITTED_TOKENS)
+    yield (_pad(fresh, max_rows, -1), _pad(slots[here], ADMITTED_TOKENS, -1),
+           _pad(tokens[here], ADMITTED_TOKENS, -1),
+           _pad(values[here], ADMITTED_TOKENS, 0).astype(np.uint16))
+    fresh = []
+
+
+def _known_tokens(admission: Admission) -> tuple[np.ndarray, np.ndarray]:
+  """Tokens of the prompt and of what was generated before a preemption; and their values."""
+  prompt, output = admission.prompt_tokens, admission.output_tokens
+  if not len(output):
+    return prompt, np.full(len(prompt), IN_PROMPT)
+  tokens, places = np.unique(np.concatenate([prompt, output]), return_inverse=True)
+  counts = np.bincount(places[len(prompt):], minlength=len(tokens))
+  in_prompt = np.bincount(places[:len(prompt)], minlength=len(tokens)) > 0
+  return tokens, np.minimum(counts, MAX_COUNT) + IN_PROMPT * in_prompt
 
 
 def _next_tokens(batch: Batch, bucket: Bucket) -> np.ndarray:

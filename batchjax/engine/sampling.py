@@ -13,14 +13,12 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jaxtyping import Array, Bool, Float, Int
+from jaxtyping import Array, Bool, Float, Int, UInt16
 
 from batchjax.engine import draw as draw_lib
-from batchjax.engine.sampling_inputs import SamplingFeatures
+from batchjax.engine.sampling_inputs import MAX_COUNT, SamplingFeatures
 from batchjax.types import SamplingInputs
 
-# Stands for NaN and infinity, which no later step has to mind; no model gives it.
-_LIMIT = float(jnp.finfo(jnp.float32).max)
 # Up to so many tokens are struck out by comparing, more by a scatter.
 _MAX_COMPARED = 8
 
@@ -30,43 +28,34 @@ class PenaltyState:
   """What the penalties must know of each slot; None in its place when no row has penalties.
 
   Attributes:
-    output_counts: times each token was generated.
-    prompt_seen: the token occurs in the prompt.
+    seen: what each token is to the slot's row: `IN_PROMPT`, and how often it was generated, counted up
+      to `MAX_COUNT`.
   """
 
-  output_counts: Int[Array, "rows V"]
-  prompt_seen: Bool[Array, "rows V"]
+  seen: UInt16[Array, "slots V"]
 
   @classmethod
   def create(cls, max_rows: int, vocab_size: int, features: SamplingFeatures) -> "PenaltyState | None":
     """Empty slots, or None when the job has no penalties."""
-    if not features.penalties:
-      return None
-    return cls(output_counts=jnp.zeros((max_rows, vocab_size), jnp.int32),
-               prompt_seen=jnp.zeros((max_rows, vocab_size), bool))
+    return cls(jnp.zeros((max_rows, vocab_size), jnp.uint16)) if features.penalties else None
 
 
-def admit(state: PenaltyState, slot: Int[Array, ""], prompt_tokens: Int[Array, "P"],
-          output_tokens: Int[Array, "O"]) -> PenaltyState:
-  """Starts `slot` over with a row's prompt and what it had generated before a preemption.
-
-  Args:
-    slot: -1 changes nothing.
-    prompt_tokens, output_tokens: padded with -1.
-  """
-  max_rows, vocab_size = state.output_counts.shape
-  counts = jnp.zeros(vocab_size, jnp.int32).at[_drop_null(output_tokens, vocab_size)].add(1, mode="drop")
-  seen = jnp.zeros(vocab_size, bool).at[_drop_null(prompt_tokens, vocab_size)].set(True, mode="drop")
-  slot = _drop_null(slot, max_rows)
-  return PenaltyState(output_counts=state.output_counts.at[slot].set(counts, mode="drop"),
-                      prompt_seen=state.prompt_seen.at[slot].set(seen, mode="drop"))
+def admit(state: PenaltyState, fresh: Int[Array, "slots"], slots: Int[Array, "C"],
+          tokens: Int[Array, "C"], seen: UInt16[Array, "C"]) -> PenaltyState:
+  """Starts slots over with what is known of tokens (see `pack_admissions`); -1 is padding."""
+  max_rows, vocab_size = state.seen.shape
+  values = state.seen.at[_drop_null(fresh, max_rows)].set(0, mode="drop")
+  where = _drop_null(slots, max_rows), jnp.minimum(tokens, vocab_size)  # ids past the end are dropped
+  return PenaltyState(values.at[where].set(seen, mode="drop"))
 
 
 def count(state: PenaltyState, slots: Int[Array, "R"], tokens: Int[Array, "R"]) -> PenaltyState:
   """Counts one generated token per row; -1 in `slots` or `tokens` counts nothing."""
-  max_rows, vocab_size = state.output_counts.shape
+  max_rows, vocab_size = state.seen.shape
+  seen = state.seen[jnp.maximum(slots, 0), jnp.maximum(tokens, 0)]
   where = (_drop_null(slots, max_rows), _drop_null(tokens, vocab_size))
-  return state.replace(output_counts=state.output_counts.at[where].add(1, mode="drop"))
+  seen += (seen & MAX_COUNT) < MAX_COUNT
+  return PenaltyState(state.seen.at[where].set(seen, mode="drop"))
 
 
 def sample(logits: Float[Array, "R V"], inputs: SamplingInputs, positions: Int[Array, "R"],
@@ -103,9 +92,7 @@ def sample(logits: Float[Array, "R V"], inputs: SamplingInputs, positions: Int[A
   if features.greedy_only:
     tokens, highest = _argmax(logits)
     return tokens, _is_finite(highest)
-  maxima = functools.reduce(jnp.maximum, map(_finite, draw_lib.columns(logits)))
-  highest = maxima.max(axis=1)
-  tokens = draw_lib.draw(logits, maxima, highest, inputs, positions, features)
+  tokens, highest = draw_lib.draw(logits, inputs, positions, features)
   if features.any_greedy:
     tokens = jnp.where(inputs.temperature == 0, _argmax(logits)[0], tokens)
   return tokens, _is_finite(highest)
@@ -160,15 +147,15 @@ def token_logprobs(logits: Float[Array, "R V"], tokens: Int[Array, "R"], num_top
     first among equals; both None if `num_top` is 0.
   """
   logits = logits.astype(jnp.float32)
-  highest = functools.reduce(jnp.maximum, map(_finite, draw_lib.columns(logits))).max(axis=1)
-  total = draw_lib.Weights(logits, highest, jnp.ones_like(highest)).mass(jnp.full_like(highest, -jnp.inf))
+  highest, sums = draw_lib.highest_and_sums(logits, jnp.ones(len(logits)))
+  total = draw_lib.sum_tree(sums)[1]
   log_normalizer = jnp.where(_is_finite(highest), highest + jnp.log(total), jnp.nan)
   chosen = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[:, None], axis=1)[:, 0]
-  chosen = jnp.where(tokens < 0, jnp.nan, _finite(chosen) - log_normalizer)
+  chosen = jnp.where(tokens < 0, jnp.nan, draw_lib.finite(chosen) - log_normalizer)
   if not num_top:
     return chosen, None, None
   top_logits, top_ids = draw_lib.largest(logits, num_top)
-  return chosen, top_ids, _finite(top_logits) - log_normalizer[:, None]
+  return chosen, top_ids, draw_lib.finite(top_logits) - log_normalizer[:, None]
 
 
 def prompt_logprobs(hidden: Float[Array, "T D"], next_tokens: Int[Array, "T"],
@@ -198,14 +185,9 @@ def _drop_null(indices: Array, size: int) -> Array:
   return jnp.where(indices < 0, size, indices)
 
 
-def _finite(logits: Array) -> Array:
-  """Finite logits, of which the largest says whether all were so."""
-  return jnp.nan_to_num(logits, nan=_LIMIT, posinf=_LIMIT, neginf=-_LIMIT)
-
-
 def _is_finite(highest: Array) -> Array:
-  """From the largest of a row's `_finite` logits: none was NaN or +inf, and not all -inf."""
-  return jnp.abs(highest) < _LIMIT
+  """From the largest of a row's `finite` logits: none was NaN or +inf, and not all -inf."""
+  return jnp.abs(highest) < draw_lib.LIMIT
 
 
 def _argmax(logits: Array) -> tuple[Array, Array]:
@@ -214,7 +196,7 @@ def _argmax(logits: Array) -> tuple[Array, Array]:
   Column by column first: reductions of (value, index) pairs, as in jnp.argmax,
   or of integers along rows take several times as long on CPUs.
   """
-  columns = [_finite(column) for column in draw_lib.columns(logits)]
+  columns = [draw_lib.finite(column) for column in draw_lib.columns(logits)]
   highest = columns[0]
   ids = jnp.zeros(highest.shape, jnp.int32)
   for i, column in enumerate(columns[1:], start=1):
@@ -240,10 +222,10 @@ def _adjust(logits: Array, inputs: SamplingInputs, num_generated: Array,
   if features.penalties:
     if penalties is None or slots is None:
       raise ValueError("features.penalties needs the penalty state and the slots of its rows")
-    counts = penalties.output_counts[jnp.maximum(slots, 0)]
+    seen = penalties.seen[jnp.maximum(slots, 0)]
+    counts = (seen & MAX_COUNT).astype(jnp.int32)
     in_output = counts > 0
-    seen = in_output | penalties.prompt_seen[jnp.maximum(slots, 0)]
-    repetition = jnp.where(seen, inputs.repetition_penalty[:, None], 1.0)
+    repetition = jnp.where(seen > 0, inputs.repetition_penalty[:, None], 1.0)
     logits = jnp.where(logits > 0, logits / repetition, logits * repetition)
     logits -= counts * inputs.frequency_penalty[:, None]
     logits -= in_output * inputs.presence_penalty[:, None]

@@ -8,6 +8,11 @@ import numpy as np
 
 from batchjax.types import SamplingInputs, SamplingParams, StopTable
 
+# What penalties know of a token in a row: this bit says that the prompt holds it, the others how often it
+# was generated.
+IN_PROMPT = 1 << 15
+MAX_COUNT = IN_PROMPT - 1
+
 
 @dataclasses.dataclass(frozen=True)
 class SamplingFeatures:

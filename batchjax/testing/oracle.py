@@ -10,8 +10,10 @@ import numpy as np
 
 from batchjax.cache.kv_state import init_kv_state
 from batchjax.engine import sampling
+from batchjax.engine.pack import pack_admissions
 from batchjax.engine.sampling_inputs import SamplingFeatures, pack_sampling
 from batchjax.models import Transformer
+from batchjax.plan.batch import Admission
 from batchjax.types import Choice, Completion, Request, Segments, StepInputs
 from batchjax.weights import Model
 
@@ -156,10 +158,10 @@ def make_draw_fn(eos_token_ids: Sequence[int]) -> DrawFn:
   """Draws with `sampling.sample`, one row at a time, with the features of that row alone."""
 
   @functools.partial(jax.jit, static_argnames="features")
-  def run(logits, inputs, position, num_generated, prompt, output, features):
+  def run(logits, inputs, position, num_generated, known, features):
     penalties = sampling.PenaltyState.create(1, logits.shape[-1], features)
     if penalties is not None:
-      penalties = sampling.admit(penalties, jnp.int32(0), prompt, output)
+      penalties = sampling.admit(penalties, *known)
     tokens, _ = sampling.sample(logits[None], inputs, position[None], num_generated[None], features,
                                 penalties, jnp.zeros(1, jnp.int32))
     return tokens[0]
@@ -171,14 +173,9 @@ def make_draw_fn(eos_token_ids: Sequence[int]) -> DrawFn:
       params = dataclasses.replace(params, stop=())  # draws do not depend on them
     inputs = pack_sampling([params], [sample], features, eos_token_ids, None, 1)
     prompt = request.prompt_token_ids
+    row = Admission(0, request.request_id, params, sample, prompt, np.array(output, np.int32))
+    known, = pack_admissions([row], 1)
     return int(run(logits, inputs, np.int32(len(prompt) + len(output)), np.int32(len(output)),
-                   _padded(prompt), _padded(output), features))
+                   known if features.penalties else None, features))
 
   return draw_fn
-
-
-def _padded(tokens: Sequence[int] | np.ndarray) -> np.ndarray:
-  """Padded with -1 to one of few lengths."""
-  padded = np.full(-(-max(len(tokens), 1) // 128) * 128, -1, np.int32)
-  padded[:len(tokens)] = tokens
-  return padded

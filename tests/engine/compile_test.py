@@ -13,7 +13,6 @@ from batchjax.engine import compile as compile_lib
 from batchjax.engine import startup
 from batchjax.engine.sampling_inputs import SamplingFeatures, SamplingTable
 from batchjax.models import SHAPES, Transformer
-from batchjax.plan.batch import Admission
 from batchjax.plan.buckets import Bucket
 from batchjax.testing.fake_model import FakeModel, fake_config
 from batchjax.types import SamplingParams
@@ -80,13 +79,6 @@ def test_state_begins_empty():
   want = init_kv_state(config, 7, PAGE_SIZE)
   assert [pages.shape for pages in state.kv.pages] == [pages.shape for pages in want.pages]
   assert state.done.all() and len(state.done) == 3 and state.penalties is None
-
-
-def test_admission_inputs_are_padded_to_one_shape():
-  admission = Admission(2, "r", SamplingParams(), 0, np.array([4, 5]), np.array([6]))
-  slot, prompt, output = compile_lib.admission_inputs(admission, 4)
-  assert (slot, prompt.tolist(), output.tolist()) == (2, [4, 5, -1, -1], [6, -1, -1, -1])
-  assert prompt.dtype == output.dtype == slot.dtype == np.int32
 
 
 def test_a_step_too_large_for_the_device_is_an_error_with_its_numbers():

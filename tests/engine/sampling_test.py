@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 from scipy import stats
 
 from batchjax.engine import draw as draw_lib
+from batchjax.engine import pack as pack_lib
 from batchjax.engine import sampling
-from batchjax.engine.sampling_inputs import SamplingFeatures, pack_sampling
+from batchjax.engine.pack import pack_admissions
+from batchjax.engine.sampling_inputs import IN_PROMPT, MAX_COUNT, pack_sampling, SamplingFeatures
+from batchjax.plan.batch import Admission
 from batchjax.types import SamplingParams
 
 EOS = (1,)
@@ -46,6 +49,10 @@ def sample_rows(logits, params, *, positions=0, num_generated=0, sample_indices=
 
 
 run_admit = jax.jit(sampling.admit)
+
+
+def admission(slot, prompt, output):
+  return Admission(slot, "", SamplingParams(), 0, np.array(prompt, np.int32), np.array(output, np.int32))
 
 
 def adjusted_ref(logits, params, prompt, output):
@@ -157,9 +164,8 @@ def test_combinations_stay_inside_what_is_kept(data):
     greedy_only=False, any_greedy=True, max_top_k=64, top_p=True, min_p=True, penalties=True,
     num_bias=4, min_tokens=True, num_stop_ids=4)
   state = sampling.PenaltyState.create(8, vocab_size, features)
-  pad = lambda tokens: np.array(tokens + [-1] * (6 - len(tokens)), np.int32)
-  for slot in range(8):
-    state = run_admit(state, jnp.int32(slot), pad(prompts[slot]), pad(outputs[slot]))
+  for known in pack_admissions([admission(slot, prompts[slot], outputs[slot]) for slot in range(8)], 8):
+    state = run_admit(state, *known)
   tokens = draw(logits, rows, num_generated=[len(o) for o in outputs], features=features,
                 penalties=state)
   for i, params in enumerate(rows):
@@ -333,20 +339,31 @@ def test_kth_largest_of_ties_and_zeros(max_k):
   np.testing.assert_array_equal(got, want)
 
 
-def test_penalty_state_counts_admits_and_drops():
-  features = SamplingFeatures(penalties=True)
+def test_penalty_state_counts_admits_and_drops(monkeypatch):
+  monkeypatch.setattr(pack_lib, "ADMITTED_TOKENS", 3)  # a row's tokens come in several parts
   assert sampling.PenaltyState.create(2, 4, SamplingFeatures()) is None
-  state = sampling.PenaltyState.create(3, 6, features)
-  state = sampling.admit(state, jnp.int32(1), jnp.array([0, 4, 4, -1]), jnp.array([5, 5, -1]))
+  state = sampling.PenaltyState.create(3, 6, SamplingFeatures(penalties=True))
+
+  def admit(state, *admissions):
+    for known in pack_admissions(admissions, 3):
+      state = sampling.admit(state, *known)
+    return state
+
+  state = admit(state, admission(2, [1, 3], []), admission(1, [0, 4, 4, 5], [5, 5]))
   state = sampling.count(state, jnp.array([1, -1, 2, 0]), jnp.array([5, 3, 2, -1]))
-  np.testing.assert_array_equal(
-    state.output_counts, [[0] * 6, [0, 0, 0, 0, 0, 3], [0, 0, 1, 0, 0, 0]])
-  np.testing.assert_array_equal(state.prompt_seen, [[0] * 6, [1, 0, 0, 0, 1, 0], [0] * 6])
-  untouched = sampling.admit(state, jnp.int32(-1), jnp.array([1]), jnp.array([1]))
-  jax.tree.map(np.testing.assert_array_equal, untouched, state)
-  state = sampling.admit(state, jnp.int32(1), jnp.array([2]), jnp.array([-1]))
-  np.testing.assert_array_equal(state.output_counts[1], [0] * 6)
-  np.testing.assert_array_equal(state.prompt_seen[1], [0, 0, 1, 0, 0, 0])
+  P = IN_PROMPT
+  np.testing.assert_array_equal(state.seen, [[0] * 6, [P, 0, 0, 0, P, P + 3], [0, P, 1, P, 0, 0]])
+  jax.tree.map(np.testing.assert_array_equal, admit(state), state)
+  state = admit(state, admission(1, [2], []))
+  np.testing.assert_array_equal(state.seen, [[0] * 6, [0, 0, P, 0, 0, 0], [0, P, 1, P, 0, 0]])
+
+
+def test_counts_of_penalties_end_at_their_largest():
+  state = sampling.PenaltyState(jnp.full((1, 2), MAX_COUNT, jnp.uint16))
+  assert sampling.count(state, jnp.array([0]), jnp.array([1])).seen.tolist() == [[MAX_COUNT] * 2]
+  many = admission(0, [1], [1] * (MAX_COUNT + 9))
+  _, _, tokens, seen = next(pack_admissions([many], 1))
+  assert (tokens[0], seen[0]) == (1, IN_PROMPT + MAX_COUNT)
 
 
 def test_penalties_without_state_are_an_error():
