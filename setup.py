@@ -42,5 +42,10 @@ setuptools.setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "demo": ["jupyter"],
+        # Models by their name on the Hub; outputs and inputs in cloud stores.
+        "hub": ["huggingface_hub>=0.34"],
+        "gcs": ["gcsfs"],
+        "s3": ["s3fs"],
+        "azure": ["adlfs"],
     },
 )

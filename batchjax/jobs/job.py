@@ -1,5 +1,6 @@
 """A job directory: what makes a killed job go on, and every row finish exactly once."""
 
+from collections.abc import Mapping
 import contextlib
 import dataclasses
 import hashlib
@@ -21,6 +22,7 @@ from batchjax.jobs import folder
 from batchjax.jobs.folder import JobError
 
 _PACKAGES = ("batchjax", "jax", "jaxlib", "libtpu", "flax", "numpy")
+_FIELDS = ("identity", "versions", "finished")  # of a manifest
 _CHUNK_BYTES = 1 << 20
 
 
@@ -136,7 +138,7 @@ class Job:
 
 
 def open_job(directory: str | Path, identity: dict[str, Any], *, overwrite: bool = False,
-             sync_secs: float = 0.5) -> Job:
+             pins: Mapping[str, str] | None = None, sync_secs: float = 0.5) -> Job:
   """Makes a job's directory or opens it again, and locks it.
 
   A directory in which no row has an output is taken over; a manifest that is
@@ -147,6 +149,7 @@ def open_job(directory: str | Path, identity: dict[str, Any], *, overwrite: bool
     identity: all that the outputs depend on (hashes, settings), as JSON values.
       Package versions are kept beside it for information; they may differ.
     overwrite: move a directory that is there aside, and start anew.
+    pins: names of the Hub to their commits, kept among the versions for `read_pins`.
     sync_secs: least time between two waits for the disk.
 
   Raises:
@@ -160,17 +163,25 @@ def open_job(directory: str | Path, identity: dict[str, Any], *, overwrite: bool
   try:
     folder.check(directory)
     identity = json.loads(_canonical(identity))
-    return Job(directory, lock_fd, _manifest(directory, identity), sync_secs)
+    return Job(directory, lock_fd, _manifest(directory, identity, pins or {}), sync_secs)
   except BaseException:
     os.close(lock_fd)
     raise
 
 
-def _manifest(directory: Path, identity: dict[str, Any]) -> dict[str, Any]:
+def read_pins(directory: str | Path) -> dict[str, str]:
+  """The `pins` of the job that was in a directory; empty where its manifest is lost or damaged."""
+  try:
+    return files.read_sealed(Path(directory) / folder.MANIFEST, *_FIELDS)["versions"]
+  except files.DamagedFile:
+    return {}
+
+
+def _manifest(directory: Path, identity: dict[str, Any], pins: Mapping[str, str]) -> dict[str, Any]:
   """The manifest of a locked directory, made where there is none of this job."""
   path, old, damage = directory / folder.MANIFEST, None, None
   try:
-    old = files.read_sealed(path, "identity", "versions", "finished")
+    old = files.read_sealed(path, *_FIELDS)
     if old["identity"] == identity:
       return old
   except files.DamagedFile as e:
@@ -188,7 +199,7 @@ def _manifest(directory: Path, identity: dict[str, Any]) -> dict[str, Any]:
   else:
     logging.warning("%s: made again, the journal's rows are this job's",
                     damage or f"{path} is another job's")
-  manifest = {"identity": identity, "versions": _versions(), "finished": None}
+  manifest = {"identity": identity, "versions": _versions() | pins, "finished": None}
   files.write_sealed(path, manifest)
   return manifest
 

@@ -11,7 +11,7 @@ from absl import logging
 import jax
 import numpy as np
 
-from batchjax import report
+from batchjax import hub, report
 from batchjax.config import JobConfig, ModelConfig
 from batchjax.engine.device import chip_of, memory_limit
 from batchjax.engine.sampling_inputs import SamplingFeatures
@@ -58,11 +58,15 @@ def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str
   directory = pathlib.Path(f"{output_path}.job")
   _check_paths(input_path, output_path, error_path, directory)
   with stop_on_signal() as stop:
+    asked = config.model
+    config = dataclasses.replace(config, model=hub.pin(
+        asked, None if overwrite else job_lib.read_pins(directory)))
     model_config, tokenizer = loaders.read(config.model)
     device = configure_jax()
     config = dataclasses.replace(config, engine=settle(
         model_config, config.engine, chip_of(device), memory_limit(device)))
-    with job_lib.open_job(directory, identity(config, input_path), overwrite=overwrite) as job:
+    with job_lib.open_job(directory, identity(config, input_path), overwrite=overwrite,
+                          pins=hub.pins(asked, config.model)) as job:
       prepared, requests = _prepare_once(job, input_path, config, model_config, tokenizer)
       with requests:
         done = job.begin(prepared.num_rows)
@@ -139,7 +143,7 @@ def _complete(job: job_lib.Job, requests: RequestReader, left: np.ndarray,
   num_errors = len(prepared.errors)
   run_record = report.RunRecord(
       time=time.time(), device_kind=device.device_kind, num_devices=1,
-      model=config.model.name or pathlib.Path(config.model.path).name or config.model.shape,
+      model=config.model.name or hub.title(config.model.path) or config.model.shape,
       jax_version=jax.__version__, num_requests=len(left) + num_errors,
       num_prompt_tokens=int(requests.prompt_lens[left].sum()),
       num_pages=num_kv_pages(model.config, engine), page_size=engine.page_size,
