@@ -49,7 +49,7 @@ def launch(main: Callable[[], int | None], errors: tuple[type[Exception], ...] =
     errors: of the script, beside those of jobs.
   """
   terminal.guard_streams()
-  for name in ("httpx", "httpx2"):  # which log every request to the Hub
+  for name in ("httpx", "httpx2", "botocore", "aiobotocore"):  # which log every request
     logging.getLogger(name).setLevel(logging.WARNING)
   signal.signal(signal.SIGINT, signal.default_int_handler)
   app.run(lambda _: _guarded(main, errors), flags_parser=lambda argv: _guarded(

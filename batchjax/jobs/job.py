@@ -17,7 +17,7 @@ import numpy as np
 
 from batchjax.io import files
 from batchjax.io import journal
-from batchjax.io import records
+from batchjax.io import paths
 from batchjax.jobs import folder
 from batchjax.jobs.folder import JobError
 
@@ -110,6 +110,9 @@ class Job:
 
     The error file is written even if it is empty, so that none is left from before.
 
+    Args:
+      output_path, error_path: local ones, or of a store; a file that a store has in its size is there.
+
     Raises:
       JobError: rows are unfinished.
       InputError: a path cannot be written.
@@ -120,19 +123,21 @@ class Job:
       raise JobError(f"{self.directory}: {unfinished.size} of {finished.size} rows are unfinished, the "
                      f"first at index {unfinished[0]}: run the job to its end")
     before = self._manifest["finished"]
-    paths = {"output": Path(output_path), "error": Path(error_path)}
-    to_write = [kind for kind, path in paths.items() if not before or _seal(path) != before[kind]]
+    targets = {"output": output_path, "error": error_path}
+    to_write = [kind for kind, path in targets.items() if not before or not _is_sealed(path, before[kind])]
     for kind in to_write:
-      files.check_output(paths[kind])
+      files.check_output(targets[kind])
+    seals = dict(before or {})
     for kind in to_write:
       if before:
-        logging.warning("%s is not as this job wrote it: written again from the journal", paths[kind])
+        logging.warning("%s is not as this job wrote it: written again from the journal", targets[kind])
       self._journal.sync()
-      files.write_rows(paths[kind], self._journal.rows(kind))
-    counts = [self._journal.num_finished(kind) for kind in paths]
+      with paths.staged(targets[kind], self.directory) as local:
+        files.write_rows(local, self._journal.rows(kind))
+        seals[kind] = _seal(local)
+    counts = [self._journal.num_finished(kind) for kind in targets]
     if to_write:
-      self._manifest = self._manifest | {"finished": {"num_outputs": counts[0]} | {
-          kind: _seal(path) for kind, path in paths.items()}}
+      self._manifest = self._manifest | {"finished": seals | {"num_outputs": counts[0]}}
       files.write_sealed(self.directory / folder.MANIFEST, self._manifest)
     return Finished(*counts, was_finished=not to_write)
 
@@ -211,7 +216,7 @@ def hash_file(path: epath.PathLike) -> str:
     InputError: the file cannot be opened.
   """
   digest = hashlib.sha256()
-  with records.open_input(path) as f:
+  with paths.open_input(path) as f, paths.store_errors(path, "read"):
     while chunk := f.read(_CHUNK_BYTES):
       digest.update(chunk)
   return digest.hexdigest()
@@ -222,6 +227,13 @@ def _seal(path: Path) -> dict[str, Any] | None:
   if not path.is_file():
     return None
   return {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+
+
+def _is_sealed(path: str | Path, seal: dict[str, Any]) -> bool:
+  """Whether a file is as it was written; of a file in a store, which is not read, whether its size is."""
+  if paths.is_remote(path):
+    return paths.stored_bytes(path) == seal["bytes"]
+  return _seal(Path(path)) == seal
 
 
 def _canonical(identity: dict[str, Any]) -> str:

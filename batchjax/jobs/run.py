@@ -16,8 +16,9 @@ from batchjax.config import JobConfig, ModelConfig
 from batchjax.engine.device import chip_of, memory_limit
 from batchjax.engine.sampling_inputs import SamplingFeatures
 from batchjax.generation import generate
-from batchjax.io import files, output, records
-from batchjax.io.records import InputError, RowError
+from batchjax.io import files, output, paths, records
+from batchjax.io.paths import InputError
+from batchjax.io.records import RowError
 from batchjax.io.store import RequestReader, StoredRow
 from batchjax.jobs import folder
 from batchjax.jobs import job as job_lib
@@ -34,7 +35,7 @@ from batchjax.types import Request, StopTable
 
 
 def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str | None = None,
-        overwrite: bool = False, quiet: bool = False,
+        job_dir: str = "", overwrite: bool = False, quiet: bool = False,
         loaders: Loaders = Loaders()) -> job_lib.Finished:
   """Completes every row of a file; the same call again resumes where it stopped.
 
@@ -44,8 +45,9 @@ def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str
   Args:
     config: model, engine and defaults.
     input_path: `.jsonl`, `.jsonl.gz` or `.parquet`.
-    output_path: likewise; written once all rows are done.
+    output_path: likewise; written once all rows are done. May be of a store, as gs://bucket/out.jsonl.
     error_path: rows that were bad; `default_error_path` when None.
+    job_dir: folder of this machine in place of `<output>.job`; see `folder.directory_of`.
     overwrite: move the folder of an earlier job aside and start anew.
     quiet: show no progress.
     loaders: how the model is loaded.
@@ -55,7 +57,9 @@ def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str
     InputError, ConfigError, BadRow, JobError: see there; no model was loaded.
   """
   error_path = error_path or default_error_path(output_path)
-  directory = pathlib.Path(f"{output_path}.job")
+  directory = folder.directory_of(output_path, job_dir)
+  if paths.is_remote(output_path):
+    logging.info("the job keeps its state in %s", directory)
   _check_paths(input_path, output_path, error_path, directory)
   with stop_on_signal() as stop:
     asked = config.model
@@ -92,8 +96,8 @@ def _check_paths(input_path: str, output_path: str, error_path: str,
   files.check_paths(input_path, {"output": output_path, "errors": error_path})
   if pathlib.Path(f"{error_path}.job").exists():
     raise InputError(f"{error_path} is the output of another job: name another file for the errors")
-  for path in (input_path, error_path):
-    if directory.resolve() in pathlib.Path(path).resolve().parents:
+  for path in (input_path, output_path, error_path):
+    if not paths.is_remote(path) and directory.resolve() in pathlib.Path(path).resolve().parents:
       raise InputError(f"{path} lies in the job's own folder: name a file elsewhere")
 
 

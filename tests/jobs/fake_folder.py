@@ -74,7 +74,8 @@ def run(folder, stop_after=None, *, loaders=None, input_path=None, output="out.j
                      engine=EngineConfig(num_pages=100, page_size=4, compilation_cache_dir=""))
   loaders = loaders or Loaders(lambda source: SHAPE, lambda source: FakeTokenizer(), load_model)
   with _no_engine(stop_after):
-    return run_lib.run(config, str(input_path or folder / "in.jsonl"), str(folder / output),
+    return run_lib.run(config, str(input_path or folder / "in.jsonl"),
+                       output if "://" in output else str(folder / output),
                        quiet=True, loaders=loaders, **kwargs)
 
 
