@@ -139,7 +139,7 @@ def test_quickstart_runs_top_to_bottom(tmp_path, monkeypatch, capfd, shown):
   progress = [json.loads(line) for line in outputs[4].err.splitlines() if line.startswith("{")]
   assert progress[-1]["event"] == "end" and progress[-1]["finished"] == 48
   assert "prompt" in outputs[5].out
-  assert frame.startswith("<iframe srcdoc=") and "&lt;svg" in frame
+  assert frame.startswith("<div><iframe srcdoc=") and "&lt;svg" in frame
 
   answers = namespace["answers"]
   assert len(answers) == 48
