@@ -205,7 +205,8 @@ class ModelSource:
       _require(bool(self.shape), "model.format='random' needs model.shape")
     else:
       _require(bool(self.path), "model.path is empty: name a Hugging Face folder, a .gguf file, "
-               "an Orbax checkpoint or a name of the Hub (org/name), or set model.format='random' and model.shape")
+               "an Orbax checkpoint or a name of the Hub (org/name), or set model.format='random' "
+               "and model.shape")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,7 +16,7 @@ _CHUNK_BYTES = 16 << 20
 
 
 class InputError(ValueError):
-  """An input cannot be read at all, or an output not be written; the message names it and the remedy."""
+  """An input cannot be read at all or an output not be written; the message says what to do."""
 
 
 def is_remote(path: epath.PathLike) -> bool:
@@ -26,7 +26,7 @@ def is_remote(path: epath.PathLike) -> bool:
 
 @contextlib.contextmanager
 def store_errors(path: epath.PathLike, doing: str) -> Iterator[None]:
-  """Makes an InputError of what goes wrong with a path: the libraries of stores raise their own types."""
+  """Makes an InputError of what goes wrong with a path: libraries of stores have their own types."""
   scheme, _, rest = str(path).partition("://")
   try:
     yield
@@ -60,7 +60,7 @@ def open_input(path: epath.PathLike) -> BinaryIO:
 
 
 def check_store(path: str) -> None:
-  """Raises InputError where `staged` could not write to a store; writes and removes an empty file."""
+  """Raises InputError where `staged` could not write to a store; tries it with an empty file."""
   with store_errors(path, "written"):
     target = epath.Path(path)
     if target.is_dir():
@@ -102,5 +102,6 @@ def staged(path: epath.PathLike, directory: pathlib.Path) -> Iterator[pathlib.Pa
         raise OSError(f"{num_bytes:,} of {local.stat().st_size:,} bytes arrived")
       temporary.replace(target)
   except InputError as e:
-    raise InputError(f"{e}; the file is whole in {local}, and the same command again copies it") from e
+    raise InputError(f"{e}; the file is whole in {local}, and the same command again copies "
+                     "it") from e
   local.unlink()

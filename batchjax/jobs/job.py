@@ -111,7 +111,7 @@ class Job:
     The error file is written even if it is empty, so that none is left from before.
 
     Args:
-      output_path, error_path: local ones, or of a store; a file that a store has in its size is there.
+      output_path, error_path: of this machine or a store, where a file is as written if its size is.
 
     Raises:
       JobError: rows are unfinished.
@@ -124,13 +124,15 @@ class Job:
                      f"first at index {unfinished[0]}: run the job to its end")
     before = self._manifest["finished"]
     targets = {"output": output_path, "error": error_path}
-    to_write = [kind for kind, path in targets.items() if not before or not _is_sealed(path, before[kind])]
+    to_write = [kind for kind, path in targets.items()
+                if not before or not _is_sealed(path, before[kind])]
     for kind in to_write:
       files.check_output(targets[kind])
     seals = dict(before or {})
     for kind in to_write:
       if before:
-        logging.warning("%s is not as this job wrote it: written again from the journal", targets[kind])
+        logging.warning("%s is not as this job wrote it: written again from the journal",
+                        targets[kind])
       self._journal.sync()
       with paths.staged(targets[kind], self.directory) as local:
         files.write_rows(local, self._journal.rows(kind))
@@ -230,7 +232,7 @@ def _seal(path: Path) -> dict[str, Any] | None:
 
 
 def _is_sealed(path: str | Path, seal: dict[str, Any]) -> bool:
-  """Whether a file is as it was written; of a file in a store, which is not read, whether its size is."""
+  """Whether a file is as it was written; one in a store is not read for that, its size tells."""
   if paths.is_remote(path):
     return paths.stored_bytes(path) == seal["bytes"]
   return _seal(Path(path)) == seal

@@ -45,7 +45,7 @@ def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str
   Args:
     config: model, engine and defaults.
     input_path: `.jsonl`, `.jsonl.gz` or `.parquet`.
-    output_path: likewise; written once all rows are done. May be of a store, as gs://bucket/out.jsonl.
+    output_path: likewise; written once all rows are done. It may be in a store: gs://bucket/x.jsonl.
     error_path: rows that were bad; `default_error_path` when None.
     job_dir: folder of this machine in place of `<output>.job`; see `folder.directory_of`.
     overwrite: move the folder of an earlier job aside and start anew.

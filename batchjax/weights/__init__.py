@@ -50,7 +50,8 @@ def source_format(source: ModelSource) -> str:
     raise ConfigError(f"model.path={source.path!r} cannot be read ({error.strerror}): check its name "
                       "and its permissions") from error
   raise ConfigError(f"model.path={source.path!r} is neither a .gguf file nor a folder with "
-                    f"config.json (Hugging Face) or {orbax.CONFIG} (Orbax), nor a name of the Hub (org/name)")
+                    f"config.json (Hugging Face) or {orbax.CONFIG} (Orbax), nor a name of the Hub "
+                    "(org/name)")
 
 
 def load_config(source: ModelSource) -> ModelConfig:
