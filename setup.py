@@ -4,7 +4,7 @@ import setuptools
 
 # jax[tpu] brings libtpu, whose compiler needs no TPU.
 _TEST = ["pytest>=8", "pytest-xdist>=3.6", "setuptools>=70.1", "hypothesis>=6", "jaxtyping>=0.3",
-         "beartype>=0.20", "jax[tpu]"]
+         "beartype>=0.20", "huggingface_hub>=0.34", "jax[tpu]"]
 
 setuptools.setup(
     name="batchjax",
@@ -42,5 +42,9 @@ setuptools.setup(
         "tpu": ["jax[tpu]"],
         "cuda": ["jax[cuda13]"],
         "demo": ["jupyter"],
+        # Models by their name on the Hub; outputs and inputs in cloud stores.
+        "hub": ["huggingface_hub>=0.34"],
+        "gcs": ["gcsfs"],
+        "s3": ["s3fs"],
     },
 )

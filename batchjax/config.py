@@ -179,13 +179,14 @@ class ModelSource:
   """Where a model comes from.
 
   Attributes:
-    path: a Hugging Face folder, a .gguf file or an Orbax checkpoint; "" with `random`.
+    path: a Hugging Face folder, a .gguf file, an Orbax checkpoint, or a name of the Hub: org/name,
+      org/name@revision, org/name/file.gguf; "" with `random`.
     format: "auto" looks at the path.
     shape: name of a known shape for format "random" (`batchjax.models.SHAPES`).
     seed: of random weights.
     name: what requests call it in their `model` field; "" accepts any name.
     dtype: parameters, activations and KV are held in this type.
-    tokenizer: path of the tokenizer where it is not beside the weights.
+    tokenizer: path or name of the tokenizer where it is not beside the weights.
     split_special_tokens: names of special tokens in rows' prompts and messages are ordinary text,
       for rows that are not trusted; those that a chat template writes stay tokens.
   """
@@ -203,8 +204,9 @@ class ModelSource:
     if self.format == "random":
       _require(bool(self.shape), "model.format='random' needs model.shape")
     else:
-      _require(bool(self.path), "model.path is empty: name a Hugging Face folder, a .gguf file "
-               "or an Orbax checkpoint, or set model.format='random' and model.shape")
+      _require(bool(self.path), "model.path is empty: name a Hugging Face folder, a .gguf file, "
+               "an Orbax checkpoint or a name of the Hub (org/name), or set model.format='random' "
+               "and model.shape")
 
 
 @dataclasses.dataclass(frozen=True)

@@ -20,14 +20,15 @@ import shutil
 from absl import flags
 from absl import logging
 
+from batchjax import hub
 from batchjax.config import ConfigError, ModelSource
 from batchjax.jobs import command_line
 from batchjax.text.tokenizer import load_tokenizer
 from batchjax.weights import (load_hf_config, load_model, save_hf, save_orbax, source_format,
                               stored_dtype)
 
-_SOURCE = flags.DEFINE_string("source", None, "Hugging Face folder, .gguf file or Orbax "
-                              "checkpoint.", required=True)
+_SOURCE = flags.DEFINE_string("source", None, "Hugging Face folder, .gguf file, Orbax "
+                              "checkpoint, or a name of the Hub: org/name.", required=True)
 _TARGET = flags.DEFINE_string("target", None, "Folder to write; must be empty or not exist.",
                               required=True)
 _FORMAT = flags.DEFINE_enum("format", "hf", ["hf", "orbax"], "What to write.")
@@ -41,10 +42,10 @@ _TEXT_FILES = ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.js
 
 def main() -> None:
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step
-  source, target = (pathlib.Path(flag.value).expanduser() for flag in (_SOURCE, _TARGET))
+  target = pathlib.Path(_TARGET.value).expanduser()
   if target.exists() and (not target.is_dir() or any(target.iterdir())):
     raise ConfigError(f"--target={target} exists and is not an empty folder: name another")
-  convert(source, target, _FORMAT.value, _DTYPE.value)
+  convert(hub.local_path(_SOURCE.value), target, _FORMAT.value, _DTYPE.value)
 
 
 def convert(path: pathlib.Path, target: pathlib.Path, target_format: str,

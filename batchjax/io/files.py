@@ -20,9 +20,11 @@ import zlib
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from batchjax.io import schemas
+from batchjax.io import paths
 from batchjax.io import records
-from batchjax.io.records import InputError, file_format
+from batchjax.io import schemas
+from batchjax.io.paths import InputError
+from batchjax.io.records import file_format
 
 _PARQUET_BATCH_ROWS = 1024
 _KINDS = {stat.S_IFLNK: "a symbolic link", stat.S_IFIFO: "a pipe", stat.S_IFDIR: "a directory",
@@ -141,10 +143,11 @@ def check_writable(path: Path) -> None:
 
 
 def check_output(path: str | Path) -> None:
-  """Raises InputError where `write_rows` could not write; call it before the work starts."""
+  """Raises InputError where an output could not be written; call it before the work starts."""
   file_format(path)
-  if "://" in str(path):
-    raise InputError(f"{path}: output is written to local paths only; copy it there afterwards")
+  if paths.is_remote(path):
+    paths.check_store(str(path))
+    return
   target = Path(os.path.realpath(path))
   try:
     if target.is_dir():
@@ -174,11 +177,12 @@ def check_paths(input_path: str, outputs: dict[str, str]) -> None:
   for path in outputs.values():
     check_output(path)
   next(records.read(input_path))
-  paths = {"input": input_path} | outputs
-  if len({os.path.realpath(path) for path in paths.values()}) < len(paths):
-    raise InputError(f"{paths} name one file twice: give each its own")
+  named = {"input": input_path} | outputs
+  if len({os.path.realpath(path) for path in named.values()}) < len(named):
+    raise InputError(f"{named} name one file twice: give each its own")
   for path in outputs.values():
-    if "://" not in input_path and Path(path).exists() and os.path.samefile(input_path, path):
+    if (not paths.is_remote(input_path) and os.path.exists(path)
+        and os.path.samefile(input_path, path)):
       raise InputError(f"{path} is the input under another name: name another file")
 
 

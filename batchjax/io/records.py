@@ -3,7 +3,6 @@
 from collections.abc import Iterator
 import dataclasses
 import gzip
-import os
 from typing import Any, BinaryIO
 
 from etils import epath
@@ -11,14 +10,11 @@ from etils import epath
 from batchjax.config import RowLimits
 from batchjax.io.fields import InvalidField, one_line
 from batchjax.io.json_rows import json_rows
+from batchjax.io.paths import InputError, open_input, store_errors
 from batchjax.io.parquet_rows import parquet_rows
 
 FORMATS = (".jsonl", ".jsonl.gz", ".parquet")
 _MAX_MESSAGE_CHARS = 1000
-
-
-class InputError(ValueError):
-  """An input file cannot be read at all; the message names it and the remedy."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,25 +68,6 @@ def file_format(path: epath.PathLike) -> str:
                    f"{', '.join(FORMATS)}; rename or convert the file")
 
 
-def open_input(path: epath.PathLike) -> BinaryIO:
-  """Opens a local or remote file for reading bytes; raises InputError where it cannot."""
-  try:
-    source = epath.Path(path)
-    if source.is_dir():
-      raise InputError(f"{path} is a directory: name one file in it")
-    if os.path.exists(source) and not os.path.isfile(source):
-      raise InputError(f"{path} is a pipe or a device, which cannot be read twice: write its rows "
-                       "to a file first")
-    return source.open("rb")
-  except KeyError as e:
-    raise InputError(f"{path}: paths that begin with {e} cannot be opened; "
-                     "use a local path, gs:// or s3://") from e
-  except FileNotFoundError as e:
-    raise InputError(f"{path} does not exist: check the path") from e
-  except (OSError, ImportError) as e:
-    raise InputError(f"{path} cannot be opened: {e}") from e
-
-
 def read(path: epath.PathLike, max_row_bytes: int = RowLimits.max_line_bytes) -> Iterator[Record]:
   """Yields the rows of a file in order, holding only a few in memory.
 
@@ -110,11 +87,12 @@ def read(path: epath.PathLike, max_row_bytes: int = RowLimits.max_line_bytes) ->
   suffix = file_format(path)
   source = open_input(path)
   try:
-    is_empty = not source.read(1)
-    source.seek(0)
-  except OSError as e:
+    with store_errors(path, "read"):
+      is_empty = not source.read(1)
+      source.seek(0)
+  except InputError:
     source.close()
-    raise InputError(f"{path} cannot be read: {e}") from e
+    raise
   if is_empty:
     source.close()
     raise InputError(f"{path} is empty: write at least one request into it")

@@ -4,6 +4,7 @@ from collections.abc import Callable, Sequence
 import dataclasses
 import difflib
 import errno
+import logging
 import os
 import re
 import signal
@@ -48,6 +49,8 @@ def launch(main: Callable[[], int | None], errors: tuple[type[Exception], ...] =
     errors: of the script, beside those of jobs.
   """
   terminal.guard_streams()
+  for name in ("httpx", "httpx2", "botocore", "aiobotocore"):  # which log every request
+    logging.getLogger(name).setLevel(logging.WARNING)
   signal.signal(signal.SIGINT, signal.default_int_handler)
   app.run(lambda _: _guarded(main, errors), flags_parser=lambda argv: _guarded(
       lambda: _parse(argv), (), sys.exit))

@@ -7,6 +7,7 @@ from pathlib import Path
 import re
 
 from batchjax.io import files
+from batchjax.io import paths
 
 MANIFEST, JOURNAL, PREPARED, REQUESTS = ("manifest.json", "journal.jsonl", "prepared.json",
                                          "requests.arrow")
@@ -18,15 +19,38 @@ class JobError(RuntimeError):
   """The job directory cannot be used as asked; the message says why and the remedy."""
 
 
+def directory_of(output_path: str | Path, job_dir: str = "") -> Path:
+  """Where a job that writes this output keeps its state: always on this machine.
+
+  `job_dir` where it is given, else `<output>.job`; of an output in a store that name
+  below `~/.local/state/batchjax`, so that the same command finds it from any folder.
+
+  Raises:
+    JobError: `job_dir` is of a store, or a folder with something else in it.
+  """
+  if job_dir:
+    directory = Path(job_dir).expanduser()
+    if paths.is_remote(job_dir):
+      raise JobError(f"job_dir={job_dir}: a job's folder is on this machine: name a local one")
+    if directory.is_dir() and any(directory.iterdir()) and not (directory / "lock").is_file():
+      raise JobError(f"job_dir={job_dir} is no job's folder and not empty: name another")
+    return directory
+  if not paths.is_remote(output_path):
+    return Path(f"{output_path}.job")
+  scheme, _, rest = str(output_path).partition("://")
+  rest = os.path.normpath(f"/{rest}")  # no ".." leads out of the folder
+  return Path("~/.local/state/batchjax", scheme).expanduser() / f"{rest[1:]}.job"
+
+
 def lock(directory: Path) -> int:
-  """Makes the folder if missing, and holds it until the descriptor is closed.
+  """Makes the folder and those above it if missing, and holds it until the descriptor is closed.
 
   Raises:
     JobError: another process holds it, or it is no folder.
     OSError: it cannot be written.
   """
   try:
-    directory.mkdir(exist_ok=True)
+    directory.mkdir(parents=True, exist_ok=True)
   except FileExistsError as e:
     raise JobError(f"{directory} is not a folder: move it away, or name another output") from e
   path = directory / "lock"

@@ -4,15 +4,22 @@ import dataclasses
 import pathlib
 from typing import Any
 
+from batchjax import hub
 from batchjax.config import JobConfig
 from batchjax.jobs.job import hash_file
 
 
 def identity(config: JobConfig, input_path: str) -> dict[str, Any]:
-  """All that the output depends on; most engine settings change speed only and are left out."""
+  """All that the output depends on; most engine settings change speed only and are left out.
+
+  Names of the Hub in `config` are pinned (`hub.pin`).
+  """
   source = config.model
   model = {"name": source.name, "dtype": source.dtype, "shape": source.shape, "seed": source.seed,
-           "split_special_tokens": source.split_special_tokens, "files": _hash_files(source.path)}
+           "split_special_tokens": source.split_special_tokens,
+           "files": _hash_model(source.path, "weights")}
+  if hub.is_name(source.path):
+    model["hub"] = source.path
   # What `planner.cached_tokens` depends on, which the usage of each completion shows.
   engine = {name: getattr(config.engine, name)
             for name in ("share_prefixes", "max_levels", "plan_window")}
@@ -20,7 +27,13 @@ def identity(config: JobConfig, input_path: str) -> dict[str, Any]:
               "limits": dataclasses.asdict(config.limits), "strict": config.strict, "engine": engine,
               "chat_template": _hash_files(config.chat_template)}
   return {"input": hash_file(input_path), "model": model,
-          "tokenizer": _hash_files(source.tokenizer), "settings": settings}
+          "tokenizer": _hash_model(source.tokenizer, "tokenizer"), "settings": settings}
+
+
+def _hash_model(path: str, need: hub.Need) -> dict[str, str]:
+  if not hub.is_name(path):
+    return _hash_files(path)
+  return {name: hash_file(file) for name, file in hub.files(path, need).items()}
 
 
 def _hash_files(path: str) -> dict[str, str]:

@@ -1,5 +1,6 @@
 """A job directory: what makes a killed job go on, and every row finish exactly once."""
 
+from collections.abc import Mapping
 import contextlib
 import dataclasses
 import hashlib
@@ -16,11 +17,12 @@ import numpy as np
 
 from batchjax.io import files
 from batchjax.io import journal
-from batchjax.io import records
+from batchjax.io import paths
 from batchjax.jobs import folder
 from batchjax.jobs.folder import JobError
 
 _PACKAGES = ("batchjax", "jax", "jaxlib", "libtpu", "flax", "numpy")
+_FIELDS = ("identity", "versions", "finished")  # of a manifest
 _CHUNK_BYTES = 1 << 20
 
 
@@ -108,6 +110,9 @@ class Job:
 
     The error file is written even if it is empty, so that none is left from before.
 
+    Args:
+      output_path, error_path: of this machine or a store, where a file is as written if its size is.
+
     Raises:
       JobError: rows are unfinished.
       InputError: a path cannot be written.
@@ -118,25 +123,29 @@ class Job:
       raise JobError(f"{self.directory}: {unfinished.size} of {finished.size} rows are unfinished, the "
                      f"first at index {unfinished[0]}: run the job to its end")
     before = self._manifest["finished"]
-    paths = {"output": Path(output_path), "error": Path(error_path)}
-    to_write = [kind for kind, path in paths.items() if not before or _seal(path) != before[kind]]
+    targets = {"output": output_path, "error": error_path}
+    to_write = [kind for kind, path in targets.items()
+                if not before or not _is_sealed(path, before[kind])]
     for kind in to_write:
-      files.check_output(paths[kind])
+      files.check_output(targets[kind])
+    seals = dict(before or {})
     for kind in to_write:
       if before:
-        logging.warning("%s is not as this job wrote it: written again from the journal", paths[kind])
+        logging.warning("%s is not as this job wrote it: written again from the journal",
+                        targets[kind])
       self._journal.sync()
-      files.write_rows(paths[kind], self._journal.rows(kind))
-    counts = [self._journal.num_finished(kind) for kind in paths]
+      with paths.staged(targets[kind], self.directory) as local:
+        files.write_rows(local, self._journal.rows(kind))
+        seals[kind] = _seal(local)
+    counts = [self._journal.num_finished(kind) for kind in targets]
     if to_write:
-      self._manifest = self._manifest | {"finished": {"num_outputs": counts[0]} | {
-          kind: _seal(path) for kind, path in paths.items()}}
+      self._manifest = self._manifest | {"finished": seals | {"num_outputs": counts[0]}}
       files.write_sealed(self.directory / folder.MANIFEST, self._manifest)
     return Finished(*counts, was_finished=not to_write)
 
 
 def open_job(directory: str | Path, identity: dict[str, Any], *, overwrite: bool = False,
-             sync_secs: float = 0.5) -> Job:
+             pins: Mapping[str, str] | None = None, sync_secs: float = 0.5) -> Job:
   """Makes a job's directory or opens it again, and locks it.
 
   A directory in which no row has an output is taken over; a manifest that is
@@ -147,6 +156,7 @@ def open_job(directory: str | Path, identity: dict[str, Any], *, overwrite: bool
     identity: all that the outputs depend on (hashes, settings), as JSON values.
       Package versions are kept beside it for information; they may differ.
     overwrite: move a directory that is there aside, and start anew.
+    pins: names of the Hub to their commits, kept among the versions for `read_pins`.
     sync_secs: least time between two waits for the disk.
 
   Raises:
@@ -160,17 +170,25 @@ def open_job(directory: str | Path, identity: dict[str, Any], *, overwrite: bool
   try:
     folder.check(directory)
     identity = json.loads(_canonical(identity))
-    return Job(directory, lock_fd, _manifest(directory, identity), sync_secs)
+    return Job(directory, lock_fd, _manifest(directory, identity, pins or {}), sync_secs)
   except BaseException:
     os.close(lock_fd)
     raise
 
 
-def _manifest(directory: Path, identity: dict[str, Any]) -> dict[str, Any]:
+def read_pins(directory: str | Path) -> dict[str, str]:
+  """The `pins` of the job that was in a directory; empty where its manifest is lost or damaged."""
+  try:
+    return files.read_sealed(Path(directory) / folder.MANIFEST, *_FIELDS)["versions"]
+  except files.DamagedFile:
+    return {}
+
+
+def _manifest(directory: Path, identity: dict[str, Any], pins: Mapping[str, str]) -> dict[str, Any]:
   """The manifest of a locked directory, made where there is none of this job."""
   path, old, damage = directory / folder.MANIFEST, None, None
   try:
-    old = files.read_sealed(path, "identity", "versions", "finished")
+    old = files.read_sealed(path, *_FIELDS)
     if old["identity"] == identity:
       return old
   except files.DamagedFile as e:
@@ -188,7 +206,7 @@ def _manifest(directory: Path, identity: dict[str, Any]) -> dict[str, Any]:
   else:
     logging.warning("%s: made again, the journal's rows are this job's",
                     damage or f"{path} is another job's")
-  manifest = {"identity": identity, "versions": _versions(), "finished": None}
+  manifest = {"identity": identity, "versions": _versions() | pins, "finished": None}
   files.write_sealed(path, manifest)
   return manifest
 
@@ -200,7 +218,7 @@ def hash_file(path: epath.PathLike) -> str:
     InputError: the file cannot be opened.
   """
   digest = hashlib.sha256()
-  with records.open_input(path) as f:
+  with paths.open_input(path) as f, paths.store_errors(path, "read"):
     while chunk := f.read(_CHUNK_BYTES):
       digest.update(chunk)
   return digest.hexdigest()
@@ -211,6 +229,13 @@ def _seal(path: Path) -> dict[str, Any] | None:
   if not path.is_file():
     return None
   return {"bytes": path.stat().st_size, "sha256": hash_file(path)}
+
+
+def _is_sealed(path: str | Path, seal: dict[str, Any]) -> bool:
+  """Whether a file is as it was written; one in a store is not read for that, its size tells."""
+  if paths.is_remote(path):
+    return paths.stored_bytes(path) == seal["bytes"]
+  return _seal(Path(path)) == seal
 
 
 def _canonical(identity: dict[str, Any]) -> str:

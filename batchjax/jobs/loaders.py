@@ -3,7 +3,6 @@
 from collections.abc import Callable
 import dataclasses
 import os
-import pathlib
 from typing import Any
 
 from absl import logging
@@ -27,7 +26,7 @@ def read_tokenizer(source: ModelSource) -> Tokenizer:
     raise ConfigError("model.tokenizer is empty, and random weights have none beside them: name "
                       "a folder, a tokenizer.json, a .model or a .gguf file")
   try:
-    return load_tokenizer(pathlib.Path(path).expanduser(), source.split_special_tokens)
+    return load_tokenizer(path, source.split_special_tokens)
   except ValueError as e:
     raise ConfigError(f"{'model.tokenizer' if source.tokenizer else 'model.path'}: {e}") from e
 

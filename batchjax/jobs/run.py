@@ -11,13 +11,14 @@ from absl import logging
 import jax
 import numpy as np
 
-from batchjax import report
+from batchjax import hub, report
 from batchjax.config import JobConfig, ModelConfig
 from batchjax.engine.device import chip_of, memory_limit
 from batchjax.engine.sampling_inputs import SamplingFeatures
 from batchjax.generation import generate
-from batchjax.io import files, output, records
-from batchjax.io.records import InputError, RowError
+from batchjax.io import files, output, paths, records
+from batchjax.io.paths import InputError
+from batchjax.io.records import RowError
 from batchjax.io.store import RequestReader, StoredRow
 from batchjax.jobs import folder
 from batchjax.jobs import job as job_lib
@@ -34,7 +35,7 @@ from batchjax.types import Request, StopTable
 
 
 def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str | None = None,
-        overwrite: bool = False, quiet: bool = False,
+        job_dir: str = "", overwrite: bool = False, quiet: bool = False,
         loaders: Loaders = Loaders()) -> job_lib.Finished:
   """Completes every row of a file; the same call again resumes where it stopped.
 
@@ -44,8 +45,9 @@ def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str
   Args:
     config: model, engine and defaults.
     input_path: `.jsonl`, `.jsonl.gz` or `.parquet`.
-    output_path: likewise; written once all rows are done.
+    output_path: likewise; written once all rows are done. It may be in a store: gs://bucket/x.jsonl.
     error_path: rows that were bad; `default_error_path` when None.
+    job_dir: folder of this machine in place of `<output>.job`; see `folder.directory_of`.
     overwrite: move the folder of an earlier job aside and start anew.
     quiet: show no progress.
     loaders: how the model is loaded.
@@ -55,14 +57,20 @@ def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str
     InputError, ConfigError, BadRow, JobError: see there; no model was loaded.
   """
   error_path = error_path or default_error_path(output_path)
-  directory = pathlib.Path(f"{output_path}.job")
+  directory = folder.directory_of(output_path, job_dir)
+  if paths.is_remote(output_path):
+    logging.info("the job keeps its state in %s", directory)
   _check_paths(input_path, output_path, error_path, directory)
   with stop_on_signal() as stop:
+    asked = config.model
+    config = dataclasses.replace(config, model=hub.pin(
+        asked, None if overwrite else job_lib.read_pins(directory)))
     model_config, tokenizer = loaders.read(config.model)
     device = configure_jax()
     config = dataclasses.replace(config, engine=settle(
         model_config, config.engine, chip_of(device), memory_limit(device)))
-    with job_lib.open_job(directory, identity(config, input_path), overwrite=overwrite) as job:
+    with job_lib.open_job(directory, identity(config, input_path), overwrite=overwrite,
+                          pins=hub.pins(asked, config.model)) as job:
       prepared, requests = _prepare_once(job, input_path, config, model_config, tokenizer)
       with requests:
         done = job.begin(prepared.num_rows)
@@ -88,8 +96,8 @@ def _check_paths(input_path: str, output_path: str, error_path: str,
   files.check_paths(input_path, {"output": output_path, "errors": error_path})
   if pathlib.Path(f"{error_path}.job").exists():
     raise InputError(f"{error_path} is the output of another job: name another file for the errors")
-  for path in (input_path, error_path):
-    if directory.resolve() in pathlib.Path(path).resolve().parents:
+  for path in (input_path, output_path, error_path):
+    if not paths.is_remote(path) and directory.resolve() in pathlib.Path(path).resolve().parents:
       raise InputError(f"{path} lies in the job's own folder: name a file elsewhere")
 
 
@@ -139,7 +147,7 @@ def _complete(job: job_lib.Job, requests: RequestReader, left: np.ndarray,
   num_errors = len(prepared.errors)
   run_record = report.RunRecord(
       time=time.time(), device_kind=device.device_kind, num_devices=1,
-      model=config.model.name or pathlib.Path(config.model.path).name or config.model.shape,
+      model=config.model.name or hub.title(config.model.path) or config.model.shape,
       jax_version=jax.__version__, num_requests=len(left) + num_errors,
       num_prompt_tokens=int(requests.prompt_lens[left].sum()),
       num_pages=num_kv_pages(model.config, engine), page_size=engine.page_size,

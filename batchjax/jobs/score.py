@@ -1,11 +1,13 @@
 """A file of prompts and continuations to a file of log-probabilities."""
 
 from collections.abc import Collection
+import pathlib
+import tempfile
 
 import numpy as np
 
 from batchjax.config import JobConfig, ModelConfig
-from batchjax.io import files, records
+from batchjax.io import files, paths, records
 from batchjax.io.fields import InvalidField, reject, whole
 from batchjax.io.records import Record, RowError
 from batchjax.jobs.prepare import BadRow, guarded
@@ -34,10 +36,12 @@ def score_file(config: JobConfig, input_path: str, output_path: str,
   scores = {s.request_id: s for s in score(
       loaders.load(config.model, model_config), requests.values(), config.engine,
       module_class=loaders.module_class)}
-  files.write_rows(files.Path(output_path), [
-      {"id": name, "logprob": scores[name].total, "num_tokens": len(scores[name].logprobs),
-       "is_greedy": bool(scores[name].is_greedy.all()),
-       "token_logprobs": [float(x) for x in scores[name].logprobs]} for name in requests])
+  with (tempfile.TemporaryDirectory() as directory,
+        paths.staged(output_path, pathlib.Path(directory)) as local):
+    files.write_rows(local, [
+        {"id": name, "logprob": scores[name].total, "num_tokens": len(scores[name].logprobs),
+         "is_greedy": bool(scores[name].is_greedy.all()),
+         "token_logprobs": [float(x) for x in scores[name].logprobs]} for name in requests])
   return len(requests)
 
 

@@ -3,6 +3,7 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
+from batchjax import hub
 from batchjax.model_files import check_file, damaged
 from batchjax.text.gguf_vocab import read_gguf
 from batchjax.text.hf_vocab import read_tokenizer_json
@@ -166,14 +167,15 @@ def load_tokenizer(path: str | Path, split_special_tokens: bool = False) -> Toke
 
   Args:
     path: a Hugging Face folder, a tokenizer.json, a SentencePiece `.model` or a
-      `.gguf` file. JSON files beside the first three are read too.
+      `.gguf` file, or a name of the Hub (`batchjax.hub`). JSON files beside the first three are
+      read too.
     split_special_tokens: as in `Tokenizer`; for prompts and messages that are not trusted.
 
   Raises:
     FileNotFoundError: there is no tokenizer at `path`.
     ValueError: the format, or a rule inside it, is not known here.
   """
-  path = Path(path)
+  path = hub.local_path(path, "tokenizer")
   if path.is_dir():
     names = ("tokenizer.json", "tokenizer.model")
     file = next((path / name for name in names if (path / name).exists()), None)
@@ -182,8 +184,8 @@ def load_tokenizer(path: str | Path, split_special_tokens: bool = False) -> Toke
                               "or name the tokenizer's own path")
     path = file
   if path.suffix not in _READERS:
-    raise ValueError(f"{path} is no known kind of tokenizer: name a folder or a file that ends "
-                     f"in one of {sorted(_READERS)}")
+    raise ValueError(f"{path} is no known kind of tokenizer: name a folder, a file that ends "
+                     f"in one of {sorted(_READERS)}, or a model of the Hub (org/name)")
   if not path.exists():
     raise FileNotFoundError(f"there is no tokenizer at {path}")
   check_file(path)

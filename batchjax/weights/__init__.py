@@ -4,7 +4,7 @@ import dataclasses
 import pathlib
 from typing import Any
 
-from batchjax import models
+from batchjax import hub, models
 from batchjax.config import ConfigError, ModelConfig, ModelSource
 from batchjax.weights import hf, orbax
 from batchjax.weights.fuse import fuse, unfuse
@@ -38,7 +38,7 @@ def source_format(source: ModelSource) -> str:
   """
   if source.format != "auto":
     return source.format
-  path = _path(source)
+  path = hub.local_path(source.path, "config")
   try:
     if path.is_file() and path.suffix == ".gguf":
       return "gguf"
@@ -50,7 +50,8 @@ def source_format(source: ModelSource) -> str:
     raise ConfigError(f"model.path={source.path!r} cannot be read ({error.strerror}): check its name "
                       "and its permissions") from error
   raise ConfigError(f"model.path={source.path!r} is neither a .gguf file nor a folder with "
-                    f"config.json (Hugging Face) or {orbax.CONFIG} (Orbax)")
+                    f"config.json (Hugging Face) or {orbax.CONFIG} (Orbax), nor a name of the Hub "
+                    "(org/name)")
 
 
 def load_config(source: ModelSource) -> ModelConfig:
@@ -67,7 +68,7 @@ def load_config(source: ModelSource) -> ModelConfig:
                           f"{sorted(models.SHAPES)}")
       config = models.SHAPES[source.shape]
     case "orbax":
-      config = orbax.read_config(_path(source))
+      config = orbax.read_config(hub.local_path(source.path, "config"))
     case _:
       config = _config_of(source, load_hf_config(source))
   return dataclasses.replace(config, dtype=source.dtype)
@@ -79,7 +80,7 @@ def load_hf_config(source: ModelSource) -> dict[str, Any]:
   Raises:
     ConfigError: the source has none: it is random, or an Orbax checkpoint saved without.
   """
-  path = _path(source)
+  path = hub.local_path(source.path, "config")
   match source_format(source):
     case "gguf":
       return GgufFile(path).hf_config()
@@ -95,9 +96,9 @@ def stored_dtype(source: ModelSource) -> str:
   """The dtype that loses nothing of what the source stores."""
   match source_format(source):
     case "hf":
-      return hf.stored_dtype(_path(source))
+      return hf.stored_dtype(hub.local_path(source.path))
     case "orbax":
-      return orbax.read_config(_path(source)).dtype
+      return orbax.read_config(hub.local_path(source.path)).dtype
   return "float32"
 
 
@@ -116,7 +117,7 @@ def load_model(source: ModelSource, sharding_fn: ShardingFn = default_device) ->
     WeightError: a tensor is missing, superfluous, of the wrong shape, not where the index says,
       or out of range.
   """
-  path = _path(source)
+  path = hub.local_path(source.path)
   if source_format(source) == "gguf":
     file = GgufFile(path)  # parsed once: its vocabulary takes seconds
     config = dataclasses.replace(_config_of(source, file.hf_config()), dtype=source.dtype)
@@ -175,7 +176,3 @@ def _config_of(source: ModelSource, hf_config: dict[str, Any]) -> ModelConfig:
     return models.config_from_hf(hf_config)
   except ConfigError as error:
     raise ConfigError(f"{source.path}: {error}") from error
-
-
-def _path(source: ModelSource) -> pathlib.Path:
-  return pathlib.Path(source.path).expanduser()

@@ -84,7 +84,7 @@ def test_a_failure_keeps_the_old_file_and_no_other(tmp_path, name):
 
 def test_check_output(tmp_path):
   (tmp_path / "d.jsonl").mkdir()
-  for path, told in [(tmp_path / "o.txt", "must be one of"), ("gs://b/o.jsonl", "local paths only"),
+  for path, told in [(tmp_path / "o.txt", "must be one of"), ("no://b/o.jsonl", "begin with 'no://'"),
                      (tmp_path / "d.jsonl", "is a directory"),
                      (tmp_path / "no" / "o.jsonl", "its directory does not exist")]:
     with pytest.raises(InputError, match=told) as e:

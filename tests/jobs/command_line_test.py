@@ -143,6 +143,19 @@ def test_exit_codes_of_a_job(tmp_path, script, flags, expected):
   assert script("run", *flags, f"--output={tmp_path / 'good.jsonl'}")[0] == 0
 
 
+def test_an_output_in_a_store_and_its_job_dir(tmp_path, script, flags, expected):
+  with open(tmp_path / "config.py", "a") as f:
+    f.write(f"\nfrom tests import fake_store\nfake_store.install({str(tmp_path)!r})\n")
+  state = tmp_path / "state"
+  flags = [*flags[:2], "--output=gs://bucket/out.jsonl", f"--job_dir={state}"]
+  code, _, stderr = script("run", *flags, signal_at="tests.jobs.fake_folder.complete")
+  assert code == 130 and f"finished rows are kept in {state}: run the same command again" in stderr
+  code, stdout, stderr = script("run", *flags)
+  assert code == 3, stderr
+  assert "3 errors -> gs://bucket/out.jsonl\nbad rows are explained in gs://bucket/out.errors.jsonl" in stdout
+  assert outputs(tmp_path / "bucket") == expected and (state / "journal.jsonl").exists()
+
+
 @pytest.mark.parametrize("at, code", [
     ("batchjax.jobs.run.configure_jax", 130), ("batchjax.jobs.run.identity", 130),
     ("batchjax.jobs.prepare.prepare", 130), ("batchjax.io.files.write_sealed", 130),

@@ -67,13 +67,15 @@ def complete(request):
                     len(request.prompt_token_ids), 0)
 
 
-def run(folder, stop_after=None, *, loaders=None, input_path=None, output="out.jsonl", **kwargs):
+def run(folder, stop_after=None, *, loaders=None, input_path=None, output="out.jsonl", model=os.devnull,
+        **kwargs):
   """`jobs.run` of `in.jsonl`; Interrupted after so many rows."""
-  config = JobConfig(model=ModelSource(path=os.devnull), sampling=SamplingParams(temperature=0.0),
+  config = JobConfig(model=ModelSource(path=model), sampling=SamplingParams(temperature=0.0),
                      engine=EngineConfig(num_pages=100, page_size=4, compilation_cache_dir=""))
   loaders = loaders or Loaders(lambda source: SHAPE, lambda source: FakeTokenizer(), load_model)
   with _no_engine(stop_after):
-    return run_lib.run(config, str(input_path or folder / "in.jsonl"), str(folder / output),
+    return run_lib.run(config, str(input_path or folder / "in.jsonl"),
+                       output if "://" in output else str(folder / output),
                        quiet=True, loaders=loaders, **kwargs)
 
 
