@@ -27,17 +27,19 @@ class ForwardOutputs(NamedTuple):
   hidden_states: tuple[Float[Array, "... S D"], ...]
 
 
-def forward(model: Model, token_ids: Int[Array, "... S"], *, checkpoint: bool = False) -> ForwardOutputs:
+def forward(model: Model, token_ids: Int[Array, "... S"], *,
+            checkpoint: bool = False) -> ForwardOutputs:
   """Logits and hidden vectors of whole sequences, each token seeing itself and those before it.
 
   A pure function of the parameters that `generate` uses, equal to what it computes: for `jax.jit`,
-  `jax.grad`, `jax.vmap`. `Model` is a pytree, so `jax.grad` of a function of the model gives a model
-  of gradients. What goes unused costs nothing under `jax.jit`.
+  `jax.grad`, `jax.vmap`. `Model` is a pytree, so `jax.grad` of a function of the model gives a
+  model of gradients. What goes unused costs nothing under `jax.jit`.
 
   Args:
     model: configuration and parameters.
-    token_ids: integers [..., S]. Pad shorter sequences at their end, with any ids of the vocabulary:
-      what stands behind a token does not reach it. Ids outside the vocabulary are not found out.
+    token_ids: integers [..., S]. Pad shorter sequences at their end, with any ids of the
+      vocabulary: what stands behind a token does not reach it. Ids outside the vocabulary are not
+      found out.
     checkpoint: have the backward pass compute each layer anew, and hold no more of it than its
       input (`jax.checkpoint`).
 

@@ -76,8 +76,8 @@ def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = E
     engine: limits and sizes.
     features: what sampling has to do; found from the requests when None, which
       takes them all to be in the first window.
-    tokenizer: builds the automata of stop strings (`Tokenizer.stop_table`), which it takes to be in the
-      first window; needed where requests have any and there is no `stop_table`.
+    tokenizer: builds the automata of the first window's stop strings (`Tokenizer.stop_table`);
+      needed where requests have any and there is no `stop_table`.
     stop_table: automata of all stop strings, made before.
     observe: is given every `CompileRecord`, the `StartEvent`, then the `Plan` of each window and
       every `StepEvent`.
@@ -99,7 +99,7 @@ def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = E
   >>> next(batchjax.generate(model, requests))
   Traceback (most recent call last):
   ...
-  batchjax.config.ConfigError: request 'The': nothing finds its stop strings ['a', 'e'] in tokens: give tokenizer=, or a stop_table made of the stop strings of all requests
+  batchjax.config.ConfigError: request 'The': nothing finds its stop strings ['a', 'e'] in tokens: ...
   """
   called = time.perf_counter()
   windows = _windows(requests, engine.plan_window)

@@ -60,7 +60,7 @@ class TextChoice(Choice):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TextCompletion(Completion):
-  """All samples of one prompt, a `Completion` with texts; what it has of a sample is the first one's.
+  """All samples of one prompt, a `Completion` with texts; its own text is that of the first sample.
 
   Attributes:
     choices: its n samples in order of their index.
@@ -133,8 +133,8 @@ def complete(loaded: tuple[Model, Tokenizer], prompts: Any, *, seed: int = 0,
     **fields: sampling fields for every prompt: temperature, top_k, top_p, min_p, n, max_tokens,
       min_tokens, stop, stop_token_ids, ignore_eos, presence_penalty, frequency_penalty,
       repetition_penalty, logit_bias, logprobs, top_logprobs, prompt_logprobs, echo; for messages
-      tools and chat_template_kwargs. Defaults are those of `SamplingParams`; the default `max_tokens`
-      shrinks to the room in the context.
+      tools and chat_template_kwargs. Defaults are those of `SamplingParams`; the default
+      `max_tokens` shrinks to the room in the context.
 
   Returns:
     A completion for each prompt, in their order. A sample with the finish reason "error" met logits
@@ -183,7 +183,8 @@ def complete(loaded: tuple[Model, Tokenizer], prompts: Any, *, seed: int = 0,
 def _each(prompts: Any) -> Iterable[Any]:
   """The prompts, where one by itself may have been given."""
   if not isinstance(prompts, Iterable):
-    raise ConfigError(f"prompts must be a text, messages, token ids, a row, or a list of these, got {prompts!r}")
+    raise ConfigError("prompts must be a text, messages, token ids, a row, or a list of these, got "
+                      f"{prompts!r}")
   is_one = isinstance(prompts, (str, Mapping))
   if not is_one and isinstance(prompts, Sequence) and prompts:
     first = prompts[0]  # of a chat, or of token ids

@@ -48,7 +48,7 @@ class SamplingParams:
     top_logprobs: also return this many most likely alternatives per token.
     prompt_logprobs: also return them for the prompt ("echo").
 
-  >>> params = batchjax.SamplingParams(temperature=0.7, top_p=0.9, n=4, max_tokens=64, stop=("\\n\\n",))
+  >>> params = batchjax.SamplingParams(top_p=0.9, n=4, max_tokens=64, stop=("\\n\\n",))
   >>> batchjax.SamplingParams(top_p=2)
   Traceback (most recent call last):
   ...
@@ -156,8 +156,8 @@ class Request:
     is_integer = given.dtype.kind in "iu" or not given.size
     ids = given.astype(np.int32, copy=False) if is_integer else None
     if given.ndim != 1 or ids is None or (given != ids).any():
-      raise ValueError(f"request {self.request_id!r}: prompt_token_ids must be a sequence of 32-bit "
-                       f"integers, got {reprlib.repr(self.prompt_token_ids)}")
+      raise ValueError(f"request {self.request_id!r}: prompt_token_ids must be a sequence of "
+                       f"32-bit integers, got {reprlib.repr(self.prompt_token_ids)}")
     object.__setattr__(self, "prompt_token_ids", ids)
 
 

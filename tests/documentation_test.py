@@ -52,7 +52,7 @@ def test_examples_of_docstrings_are_true(name, names, tmp_path, monkeypatch, cap
   monkeypatch.chdir(tmp_path)
   chain = [example for part in (*BEFORE.get(name, ()), name) for example in examples(part)]
   test = doctest.DocTest(chain, dict(names), name, None, None, None)
-  failed, _ = doctest.DocTestRunner().run(test)
+  failed, _ = doctest.DocTestRunner(optionflags=doctest.ELLIPSIS).run(test)
   assert not failed, capsys.readouterr().out
 
 
@@ -66,7 +66,7 @@ def test_the_readmes_python_runs(tiny_model, tmp_path, monkeypatch, capsys):
   tokens = markdown_it.MarkdownIt().parse((ROOT / "README.md").read_text(encoding="utf-8"))
   blocks = [token for token in tokens if token.type == "fence" and token.info == "python"]
   assert len(blocks) >= 3
-  shutil.copytree(tiny_model, tmp_path / "SmolLM2-135M-Instruct")  # a model under the name that it has there
+  shutil.copytree(tiny_model, tmp_path / "SmolLM2-135M-Instruct")  # the name that it has there
   monkeypatch.chdir(tmp_path)
   namespace = {"__name__": "__main__"}
   for block in blocks:  # later ones use the names of earlier ones, as a reader would

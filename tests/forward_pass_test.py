@@ -45,7 +45,7 @@ def assert_close(got, want, atol=1e-5):
 
 
 def test_log_probabilities_are_those_of_a_job():
-  """The whole engine, with a prefix that two prompts share; `models/transformer_test` has all families."""
+  """The whole engine, with a shared prefix; `models/transformer_test` has all families."""
   model = random_model("tiny_gemma2")
   prompts = [TOKENS[0], np.append(TOKENS[0, :9], TOKENS[1, :3]), TOKENS[2, :7]]
   requests = [Request(str(i), prompt, SamplingParams(max_tokens=1, prompt_logprobs=True))
@@ -67,7 +67,7 @@ def test_shapes_and_hidden_states(gemma):
   table = gemma.params["params"]["embed"]["embedding"]
   np.testing.assert_allclose(outputs.hidden_states[0],
                              table[TOKENS] * np.float32(gemma.config.embed_scale), rtol=1e-6)
-  np.testing.assert_allclose(outputs.logits, outputs.hidden_states[-1] @ table.T, atol=1e-5)  # no soft cap
+  np.testing.assert_allclose(outputs.logits, outputs.hidden_states[-1] @ table.T, atol=1e-5)
   assert_close(forward(gemma, TOKENS[None]), jax.tree.map(lambda x: x[None], outputs))
   assert_close(forward(gemma, TOKENS[1].tolist()), jax.tree.map(lambda x: x[1], outputs))
 

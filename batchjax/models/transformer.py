@@ -1,4 +1,4 @@
-"""A decoder-only transformer over flat tokens, with paged KV or without; families differ in `ModelConfig`."""
+"""A decoder-only transformer over flat tokens, with or without paged KV, for all `ModelConfig`s."""
 
 import contextlib
 import functools
@@ -103,7 +103,8 @@ class Transformer(nn.Module):
     """
     schedule = (self.make_schedule(inputs) if schedule is None
                 else attention_op.advance(schedule, inputs.positions))
-    hidden, pages = self._layers(inputs.tokens, inputs.positions, kv.pages, inputs.write_slots, schedule)
+    hidden, pages = self._layers(inputs.tokens, inputs.positions, kv.pages, inputs.write_slots,
+                                 schedule)
     if self.is_initializing():
       self.logits(hidden[-1])  # creates the parameters that only `logits` reads
     return hidden[-1], kv.replace(pages=pages)
@@ -119,7 +120,7 @@ class Transformer(nn.Module):
     return tuple(x.reshape(rows, row_len, -1) for x in hidden)
 
   def _layers(self, tokens, positions, pools, write_slots, schedule, checkpoint=False):
-    """The embeddings and what each layer leaves, the final norm in the last; and the layers' pools."""
+    """The embeddings and what each layer leaves, the last one normed; and the layers' pools."""
     c = self.config
     ropes = {kind: layers.rope_table(c, kind, positions) for kind in set(c.layer_kinds)}
     x = self.embed.lookup(tokens)

@@ -10,7 +10,7 @@ from jaxtyping import Array, Float
 @jax.tree_util.register_static
 @dataclasses.dataclass(frozen=True)
 class WholeRows:
-  """Stands in the place of a schedule: the flat token axis is whole sequences of `row_len` tokens."""
+  """In the place of a schedule: the flat token axis is whole sequences of `row_len` tokens."""
 
   row_len: int
 
@@ -32,12 +32,14 @@ def causal_attention(q: Float[Array, "T Q H"], k: Float[Array, "T K H"], v: Floa
   """
   num_kv_heads, length = k.shape[1], rows.row_len
   split = lambda x, *heads: x.reshape(-1, length, *heads, x.shape[-1])
-  q, k, v = split(q, num_kv_heads, q.shape[1] // num_kv_heads), split(k, num_kv_heads), split(v, num_kv_heads)
+  q = split(q, num_kv_heads, q.shape[1] // num_kv_heads)
+  k, v = split(k, num_kv_heads), split(v, num_kv_heads)
   scores = scale * jnp.einsum("bqkgh,bskh->bkgqs", q, k, preferred_element_type=jnp.float32)
   if soft_cap is not None:
     scores = soft_cap * jnp.tanh(scores / soft_cap)
   behind = jnp.arange(length)[:, None] - jnp.arange(length)
   visible = behind >= 0 if window is None else (behind >= 0) & (behind < window)
-  weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)  # none is empty: a token sees itself
+  # No row of scores is all -inf, since a token sees itself.
+  weights = jax.nn.softmax(jnp.where(visible, scores, -jnp.inf), axis=-1)
   o = jnp.einsum("bkgqs,bskh->bqkgh", weights, v.astype(jnp.float32))
   return o.reshape(-1, q.shape[2] * q.shape[3], q.shape[-1]).astype(q.dtype)

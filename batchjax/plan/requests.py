@@ -10,7 +10,7 @@ from batchjax.types import Request, SamplingParams, StopTable
 
 
 class Problem(NamedTuple):
-  """Why a request cannot run: its field, one sentence with the remedy, and the code of an error row."""
+  """Why a request cannot run: its field, a sentence with the remedy, and the code of an error row."""
 
   field: str
   message: str
@@ -19,7 +19,7 @@ class Problem(NamedTuple):
 
 def find_problem(token_ids: np.ndarray | Sequence[int], params: SamplingParams, vocab_size: int,
                  max_len: int) -> Problem | None:
-  """What a tokenized prompt and its parameters show to be wrong with one another or the model, or None.
+  """What is wrong with a tokenized prompt and its parameters, for a model; None where nothing is.
 
   Args:
     token_ids: i32[prompt_len].
@@ -49,9 +49,9 @@ def find_problem(token_ids: np.ndarray | Sequence[int], params: SamplingParams, 
                    "context_length_exceeded")
   for name in ("min_tokens", "max_tokens"):
     if (value := getattr(params, name)) > room:
-      return Problem(name, f"the prompt has {token_ids.size} tokens and {name} is {value}, together "
-                     f"over the context of {max_len}: shorten the prompt or set {name} to at most "
-                     f"{room}", "context_length_exceeded")
+      return Problem(name, f"the prompt has {token_ids.size} tokens and {name} is {value}, "
+                     f"together over the context of {max_len}: shorten the prompt or set {name} to "
+                     f"at most {room}", "context_length_exceeded")
   return None
 
 
@@ -64,8 +64,8 @@ def check_requests(requests: Iterable[Request], model: ModelConfig,
     if found := find_problem(request.prompt_token_ids, params, model.vocab_size, model.max_len):
       raise ConfigError(f"{where}: {found.message}")
     if params.stop and (stop_table is None or params.stop not in stop_table.automaton):
-      raise ConfigError(f"{where}: nothing finds its stop strings {list(params.stop)} in tokens: give "
-                        "tokenizer=, or a stop_table made of the stop strings of all requests")
+      raise ConfigError(f"{where}: nothing finds its stop strings {list(params.stop)} in tokens: "
+                        "give tokenizer=, or a stop_table of the stop strings of all requests")
     if request.request_id in used:
       raise ConfigError(f"{where}: an earlier request has this id: make it unique")
     used.add(request.request_id)

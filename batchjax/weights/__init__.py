@@ -23,7 +23,7 @@ __all__ = ("Model", "WeightError", "load_config", "load_hf_config", "load_model"
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config"])
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """A model ready to run: a pytree of its parameters, so that gradients and optimizers take it whole.
+  """A model ready to run, and a pytree of its parameters: gradients and optimizers take it whole.
 
   Attributes:
     config: its shapes, family and dtype.

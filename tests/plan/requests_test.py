@@ -21,11 +21,11 @@ def check(*prompts, stop_table=None, ids="abc", **params):
     ([[1, -1]], {}, "request 'a': prompt token 1 is -1, but the model's vocabulary has 97 tokens"),
     ([[1, 97]], {}, "prompt token 1 is 97.*use the model's own tokenizer"),
     ([[1] * 20], {}, "the prompt has 20 tokens, which leaves no room in the context of 20"),
-    ([[1] * 17], {}, "max_tokens is 4, together over the context of 20.*set max_tokens to at most 3"),
+    ([[1] * 17], {}, "max_tokens is 4, together over the context of 20.*max_tokens to at most 3"),
     ([[1]], {"logit_bias": ((97, 1.0),)}, "logit_bias names token 97"),
     ([[1]], {"stop_token_ids": (99,)}, "stop_token_ids names token 99"),
     ([[1]], {"logprobs": True, "top_logprobs": 98}, "98 alternatives per token"),
-    ([[1]], {"stop": ("x",)}, r"request 'a': nothing finds its stop strings \['x'\] in tokens: give tokenizer="),
+    ([[1]], {"stop": ("x",)}, r"'a': nothing finds its stop strings \['x'\] in tokens: give tok"),
     ([[1], [2]], {"ids": "aa"}, "request 'a': an earlier request has this id: make it unique"),
 ])
 def test_the_first_bad_request_is_named_with_its_remedy(prompts, params, told):
@@ -56,5 +56,5 @@ def test_a_prompt_is_made_of_any_sequence_of_integers():
 
 @pytest.mark.parametrize("given", [[1.0], [[1, 2]], 3, "text", [None], np.array([1.5]), [2**31]])
 def test_what_is_no_sequence_of_integers_is_refused(given):
-  with pytest.raises(ValueError, match="request 'a': prompt_token_ids must be a sequence of 32-bit integers"):
+  with pytest.raises(ValueError, match="'a': prompt_token_ids must be a sequence of 32-bit int"):
     Request("a", given)
