@@ -4,7 +4,7 @@ import setuptools
 
 # jax[tpu] brings libtpu, whose compiler needs no TPU.
 _TEST = ["pytest>=8", "pytest-xdist>=3.6", "setuptools>=70.1", "hypothesis>=6", "jaxtyping>=0.3",
-         "beartype>=0.20", "huggingface_hub>=0.34", "jax[tpu]"]
+         "beartype>=0.20", "huggingface_hub>=0.34", "markdown-it-py>=3", "jax[tpu]"]
 
 setuptools.setup(
     name="batchjax",

@@ -14,7 +14,13 @@ T = TypeVar("T")
 
 
 class ConfigError(ValueError):
-  """A setting is unknown, of the wrong type or out of range; the message names it."""
+  """A setting is unknown, of the wrong type or out of range; the message names it.
+
+  >>> batchjax.EngineConfig(page_size=12)
+  Traceback (most recent call last):
+  ...
+  batchjax.config.ConfigError: engine.page_size=12 must be a power of two
+  """
 
 
 def _require(holds: bool, message: str) -> None:
@@ -52,6 +58,10 @@ class ModelConfig:
     query_scale: multiplies q before the dot product; None is head_dim ** -0.5.
     eos_token_ids: tokens that end a sample unless `ignore_eos`.
     dtype: of parameters, activations and KV: "float32", "bfloat16" or "float16".
+
+  >>> config = batchjax.SHAPES["llama3_8b"]
+  >>> config.num_layers, f"{config.num_params:,}"
+  (32, '8,029,995,008')
   """
 
   family: str
@@ -140,6 +150,10 @@ class EngineConfig:
     attention: implementation of shared_prefix_attention; None picks by device.
     compilation_cache_dir: folder that keeps compiled steps for later processes; "" keeps none.
     compilation_cache_bytes: the steps not used for longest go when it holds more.
+
+  >>> engine = batchjax.EngineConfig(max_rows=256, kv_memory_bytes=8 << 30)
+  >>> dataclasses.replace(engine, share_prefixes=False).max_rows
+  256
   """
 
   max_rows: int = 64
@@ -189,6 +203,10 @@ class ModelSource:
     tokenizer: path or name of the tokenizer where it is not beside the weights.
     split_special_tokens: names of special tokens in rows' prompts and messages are ordinary text,
       for rows that are not trusted; those that a chat template writes stay tokens.
+
+  >>> source = batchjax.ModelSource(path=path, dtype="bfloat16")
+  >>> batchjax.load_model(source).config.dtype
+  'bfloat16'
   """
 
   path: str = ""
@@ -259,6 +277,11 @@ class JobConfig:
     chat_template: path of a jinja2 template that replaces the model's own; "" keeps that.
     strict: one bad row stops the job before it starts.
     seed: folded with the request id where a row gives no seed.
+
+  >>> config = batchjax.JobConfig(batchjax.ModelSource(path=path),
+  ...                             sampling=batchjax.SamplingParams(temperature=0.0, max_tokens=64))
+  >>> config.engine.max_rows
+  64
   """
 
   model: ModelSource
@@ -271,7 +294,13 @@ class JobConfig:
 
 
 def to_config_dict(config: Any) -> ml_collections.ConfigDict:
-  """The dataclass as a ConfigDict whose fields absl flags can override."""
+  """The dataclass as a ConfigDict whose fields absl flags can override.
+
+  >>> values = batchjax.to_config_dict(batchjax.JobConfig(batchjax.ModelSource(path=path)))
+  >>> values.engine.max_rows = 32
+  >>> batchjax.from_config_dict(batchjax.JobConfig, values).engine.max_rows
+  32
+  """
   values = ml_collections.ConfigDict(dataclasses.asdict(config), sort_keys=False,
                                      convert_dict=True)
   _hold_places(values, type(config))
@@ -293,6 +322,9 @@ def from_config_dict(cls: type[T], values: Any, where: str = "config") -> T:
 
   Raises:
     ConfigError: a field is unknown, missing, of the wrong type or out of range.
+
+  >>> batchjax.from_config_dict(batchjax.EngineConfig, {"max_rows": 8}).max_rows
+  8
   """
   _require(hasattr(values, "keys"), f"{where} must hold named fields, got {values!r}")
   known = {f.name: f for f in dataclasses.fields(cls)}

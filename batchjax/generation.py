@@ -21,6 +21,7 @@ from batchjax.plan import memory, planner
 from batchjax.plan.batch import Batch
 from batchjax.plan.buckets import Bucket
 from batchjax.plan.cost import Chip
+from batchjax.plan.requests import check_requests
 from batchjax.plan.scheduler import SchedulerStats
 from batchjax.types import Completion, Request, StepOutputs, StopTable
 from batchjax.weights import Model
@@ -62,7 +63,8 @@ class StepEvent(NamedTuple):
 
 
 def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = EngineConfig(), *,
-             features: SamplingFeatures | None = None, stop_table: StopTable | None = None,
+             features: SamplingFeatures | None = None, tokenizer: Any = None,
+             stop_table: StopTable | None = None,
              observe: Callable[[Any], None] = lambda event: None,
              module_class: Callable[..., Any] = Transformer,
              compiler_options: dict[str, Any] | None = None) -> Iterator[Completion]:
@@ -74,7 +76,9 @@ def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = E
     engine: limits and sizes.
     features: what sampling has to do; found from the requests when None, which
       takes them all to be in the first window.
-    stop_table: automata of all stop strings (`text.stop.build_stop_table`).
+    tokenizer: builds the automata of the first window's stop strings (`Tokenizer.stop_table`);
+      needed where requests have any and there is no `stop_table`.
+    stop_table: automata of all stop strings, made before.
     observe: is given every `CompileRecord`, the `StartEvent`, then the `Plan` of each window and
       every `StepEvent`.
     module_class: `module_class(config, page_size, attention, max_levels)` makes the module.
@@ -84,8 +88,18 @@ def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = E
     Completions in the order in which they finish.
 
   Raises:
-    ConfigError: a request can never fit, the engine's sizes do not fit together, or the device
-      has too little memory for them.
+    ConfigError: a request is not one of this model or can never fit, the engine's sizes do not fit
+      together, or the device has too little memory for them.
+
+  >>> params = batchjax.SamplingParams(temperature=0.0, max_tokens=8, stop=("a", "e"))
+  >>> requests = [batchjax.Request(prompt, tokenizer.encode(prompt), params)
+  ...             for prompt in ("The", "What is")]
+  >>> for completion in batchjax.generate(model, requests, tokenizer=tokenizer):
+  ...   text = tokenizer.decode(completion.choices[0].token_ids, is_continuation=True)
+  >>> next(batchjax.generate(model, requests))
+  Traceback (most recent call last):
+  ...
+  batchjax.config.ConfigError: request 'The': nothing finds its stop strings ['a', 'e'] in tokens: ...
   """
   called = time.perf_counter()
   windows = _windows(requests, engine.plan_window)
@@ -97,6 +111,9 @@ def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = E
   engine = memory.settle(config, engine, chip, device_bytes)
   if features is None:
     features = SamplingFeatures.of((r.sampling_params for r in window), config.eos_token_ids)
+  stops = dict.fromkeys(r.sampling_params.stop for r in window if r.sampling_params.stop)
+  if stops and stop_table is None and tokenizer is not None:
+    stop_table = tokenizer.stop_table(stops, config.vocab_size)
   compiler = compile_lib.StepCompiler(
       module_class(config, engine.page_size, engine.attention, engine.max_levels), model.params,
       features, stop_table, config, engine, device, compiler_options)
@@ -179,8 +196,9 @@ def _windows(requests: Iterable[Request], size: int) -> Iterator[tuple[list[Requ
 
 
 def _plan(config: ModelConfig, window: list[Request], engine: EngineConfig, chip: Chip,
-          **options: Any) -> planner.Plan:
-  plan = planner.make_plan(config, window, engine, chip, **options)
+          stop_table: StopTable | None, **options: Any) -> planner.Plan:
+  check_requests(window, config, stop_table)
+  plan = planner.make_plan(config, window, engine, chip, stop_table=stop_table, **options)
   if plan.rejected:
     index, reason = next(iter(plan.rejected.items()))
     raise ConfigError(f"request {window[index].request_id!r}: {reason}")

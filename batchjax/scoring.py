@@ -22,6 +22,8 @@ class ScoreRequest:
     request_id: unique.
     prompt_token_ids: i32[prompt_len], at least one token.
     continuation_token_ids: i32[len], at least one token.
+
+  >>> request = batchjax.ScoreRequest("a", np.array([7, 8]), np.array([9]))
   """
 
   request_id: str
@@ -37,6 +39,10 @@ class Score:
     request_id: the request's.
     logprobs: f32[len], of each token given the prompt and the tokens before it.
     is_greedy: bool[len], the token is the model's most likely one.
+
+  >>> score, = batchjax.score(model, [batchjax.ScoreRequest("a", np.array([7, 8]), np.array([9, 4]))])
+  >>> score.total < 0, len(score.logprobs), len(score.is_greedy)
+  (True, 2, 2)
   """
 
   request_id: str
@@ -65,6 +71,11 @@ def score(model: Model, requests: Iterable[ScoreRequest],
   Raises:
     ValueError: a prompt or a continuation is empty.
     WeightError: the model's logits for a request are not finite.
+
+  >>> question = np.array(tokenizer.encode("What is the time?"))
+  >>> requests = [batchjax.ScoreRequest(answer, question, np.array(tokenizer.encode(answer)))
+  ...             for answer in (" noon", " night")]
+  >>> likeliest = max(batchjax.score(model, requests), key=lambda score: score.total).request_id
   """
   pending: dict[str, ScoreRequest] = {}
 

@@ -47,6 +47,12 @@ class SamplingParams:
     logprobs: return the log-probability of each generated token.
     top_logprobs: also return this many most likely alternatives per token.
     prompt_logprobs: also return them for the prompt ("echo").
+
+  >>> params = batchjax.SamplingParams(top_p=0.9, n=4, max_tokens=64, stop=("\\n\\n",))
+  >>> batchjax.SamplingParams(top_p=2)
+  Traceback (most recent call last):
+  ...
+  ValueError: top_p must be above 0 and at most 1, got 2.0
   """
 
   temperature: float = 1.0
@@ -132,13 +138,27 @@ class Request:
 
   Attributes:
     request_id: unique within the job (`custom_id` of the file).
-    prompt_token_ids: i32[prompt_len], at least one token.
+    prompt_token_ids: i32[prompt_len], at least one token; made of any sequence of integers.
     sampling_params: how to draw the completion.
+
+  >>> request = batchjax.Request("a", tokenizer.encode("The end"), batchjax.SamplingParams(n=2))
+  >>> request.prompt_token_ids.dtype
+  dtype('int32')
   """
 
   request_id: str
   prompt_token_ids: np.ndarray
   sampling_params: SamplingParams = SamplingParams()
+
+  def __post_init__(self):
+    """Raises ValueError where the token ids are no sequence of 32-bit integers."""
+    given = np.asarray(self.prompt_token_ids)
+    is_integer = given.dtype.kind in "iu" or not given.size
+    ids = given.astype(np.int32, copy=False) if is_integer else None
+    if given.ndim != 1 or ids is None or (given != ids).any():
+      raise ValueError(f"request {self.request_id!r}: prompt_token_ids must be a sequence of "
+                       f"32-bit integers, got {reprlib.repr(self.prompt_token_ids)}")
+    object.__setattr__(self, "prompt_token_ids", ids)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -153,6 +173,13 @@ class Choice:
     logprobs: f32[len], or None when not asked for.
     top_token_ids: i32[len, top_logprobs], most likely first, or None.
     top_logprobs: f32[len, top_logprobs], or None.
+    stop_token_id: the stop token that ended the sample, -1 where none did.
+
+  >>> params = batchjax.SamplingParams(temperature=0.0, n=2, max_tokens=4)
+  >>> completion, = batchjax.generate(model, [batchjax.Request("a", [7, 8, 9], params)])
+  >>> choice = completion.choices[1]
+  >>> choice.index, choice.finish_reason, len(choice.token_ids), choice.stop_token_id
+  (1, 'length', 4, -1)
   """
 
   index: int
@@ -161,6 +188,13 @@ class Choice:
   logprobs: np.ndarray | None = None
   top_token_ids: np.ndarray | None = None
   top_logprobs: np.ndarray | None = None
+  stop_token_id: int = -1
+
+  @property
+  def drawn_token_ids(self) -> np.ndarray:
+    """i32: all tokens that the model drew, the stop token that ended the sample included."""
+    return np.append(self.token_ids, np.int32(self.stop_token_id))[:len(self.token_ids) + (
+        self.stop_token_id >= 0)]
 
 
 # What to say of a request with a choice that ended as "error".
@@ -181,6 +215,11 @@ class Completion:
       or None when not asked for.
     prompt_top_token_ids: i32[prompt_len, top_logprobs], or None.
     prompt_top_logprobs: f32[prompt_len, top_logprobs], or None.
+
+  >>> params = batchjax.SamplingParams(temperature=0.0, n=2, max_tokens=4)
+  >>> completion, = batchjax.generate(model, [batchjax.Request("a", [7, 8, 9], params)])
+  >>> completion.request_id, [choice.index for choice in completion.choices]
+  ('a', [0, 1])
   """
 
   request_id: str

@@ -1,12 +1,18 @@
 """Every test runs on the CPU; a TPU compiler that is installed must not look for a TPU."""
 
 import atexit
+import json
 import os
 import pathlib
 import shutil
 import tempfile
 
 import pytest
+import tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
+
+CHAT_TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% endfor %}"
+                 "{% if add_generation_prompt %}<|assistant|>{% endif %}")
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
@@ -48,3 +54,26 @@ def quick_compiler():
 def quick_compiler_of_module():
   """The same for a whole module, its fixtures included."""
   yield from _quickly()
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory) -> pathlib.Path:
+  """A Hugging Face folder: random weights, a byte-level tokenizer, a chat template."""
+  folder = tmp_path_factory.mktemp("tiny") / "model"
+  golden = pathlib.Path(__file__).parent / "goldens/llama"
+  shutil.copytree(golden, folder, ignore=shutil.ignore_patterns("*.npz"))
+  alphabet = [chr(code) for code in range(33, 127)] + list("ĠĊÃ©")
+  pieces = ["<unk>", "<s>", "</s>", "<|end|>", "<|user|>", "<|assistant|>", *alphabet,
+            "th", "the", "Ġthe", "an"]
+  backend = tokenizers.Tokenizer(models.BPE(
+      vocab={piece: i for i, piece in enumerate(pieces)},
+      merges=[("t", "h"), ("th", "e"), ("Ġ", "the"), ("a", "n")]))
+  backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+  backend.decoder = decoders.ByteLevel()
+  backend.add_special_tokens(pieces[:6])
+  backend.post_processor = processors.TemplateProcessing(
+      single=["<s>:0", "$A:0"], special_tokens=[("<s>", 1)])
+  backend.save(str(folder / "tokenizer.json"))
+  (folder / "tokenizer_config.json").write_text(json.dumps({
+      "bos_token": "<s>", "eos_token": "</s>", "chat_template": CHAT_TEMPLATE}))
+  return folder

@@ -36,6 +36,9 @@ def init_kv_state(config: ModelConfig, num_pages: int, page_size: int, lanes: in
   """An empty pool of `num_pages` pages of `page_size` tokens, in the model's dtype.
 
   The last axis fills whole `lanes` (`EngineConfig.kv_lanes`).
+
+  >>> batchjax.init_kv_state(batchjax.SHAPES["tiny_llama"], num_pages=8, page_size=16).pages[0].shape
+  (8, 2, 16, 16)
   """
   shape = (num_pages, config.num_kv_heads, page_size, config.kv_width(lanes))
   return KVState(tuple(jnp.zeros(shape, config.dtype) for _ in range(config.num_layers)))

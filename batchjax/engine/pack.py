@@ -26,6 +26,22 @@ def pack(batch: Batch, bucket: Bucket, table: SamplingTable, *, page_size: int,
 
   Raises:
     ValueError: the batch does not fit the bucket.
+
+  >>> greedy = batchjax.SamplingParams(temperature=0.0)
+  >>> request = batchjax.Request("a", tokenizer.encode("The end"), greedy)
+  >>> engine = batchjax.EngineConfig(max_rows=8, max_step_tokens=64, num_pages=64)
+  >>> plan = batchjax.make_plan(model.config, [request], engine, batchjax.CHIPS["cpu"])
+  >>> scheduler = batchjax.make_scheduler([request], plan, engine, max_rows=8, max_step_tokens=64,
+  ...                                     stop_table=None)
+  >>> batch = scheduler.next_batch()
+  >>> features = batchjax.SamplingFeatures.of([greedy], eos_token_ids=())
+  >>> table = batchjax.SamplingTable(8, features, eos_token_ids=())
+  >>> for admission in batch.admissions:
+  ...   table.set(admission.slot, admission.sampling_params, admission.sample_index)
+  >>> bucket = plan.bucket_for(batch.kind, batch.num_tokens)
+  >>> inputs = batchjax.pack(batch, bucket, table, page_size=engine.page_size)
+  >>> inputs.tokens[:batch.num_tokens].tolist() == tokenizer.encode("The end")
+  True
   """
   entries, shared, samples, page_indices = batch.entries, batch.shared, batch.samples, batch.page_indices
   own = np.flatnonzero((entries.seq >= 0) & (entries.kv_len > 0))

@@ -87,6 +87,14 @@ def sample(logits: Float[Array, "R V"], inputs: SamplingInputs, positions: Int[A
 
   Raises:
     ValueError: the penalty state is missing.
+
+  >>> params = batchjax.SamplingParams(temperature=0.0)
+  >>> features = batchjax.SamplingFeatures.of([params], eos_token_ids=())
+  >>> inputs = batchjax.pack_sampling([params], [0], features, (), None, num_rows=1)
+  >>> logits, zero = jnp.array([[0.0, 3.0, 1.0]]), jnp.zeros(1, jnp.int32)
+  >>> tokens, is_drawable = batchjax.sample(logits, inputs, zero, zero, features)
+  >>> tokens.tolist(), is_drawable.tolist()
+  ([1], [True])
   """
   logits = _adjust(logits.astype(jnp.float32), inputs, num_generated, features, penalties, slots)
   if features.greedy_only:

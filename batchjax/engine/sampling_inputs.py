@@ -32,6 +32,11 @@ class SamplingFeatures:
     logprobs: some row returns the log-probabilities of its tokens.
     num_top_logprobs: most alternatives that a row returns per token.
     prompt_logprobs: some row returns the log-probabilities of its prompt.
+
+  >>> params = batchjax.SamplingParams(top_k=5), batchjax.SamplingParams(temperature=0.0)
+  >>> features = batchjax.SamplingFeatures.of(params, eos_token_ids=(2,))
+  >>> features.any_greedy, features.greedy_only, features.max_top_k
+  (True, False, 16)
   """
 
   greedy_only: bool = True
@@ -76,6 +81,12 @@ class SamplingTable:
 
   Attributes:
     rows: the settings of all slots, [max_rows + 1, ...].
+
+  >>> params = batchjax.SamplingParams(temperature=0.5, seed=7)
+  >>> table = batchjax.SamplingTable(4, batchjax.SamplingFeatures.of([params], ()), ())
+  >>> table.set(2, params, sample_index=0)
+  >>> table.gather(np.array([2, -1])).seed.tolist()
+  [7, 0]
   """
 
   def __init__(self, max_rows: int, features: SamplingFeatures, eos_token_ids: Sequence[int],
@@ -147,6 +158,11 @@ def pack_sampling(params: Sequence[SamplingParams], sample_indices: Sequence[int
 
   Raises:
     ValueError: more rows than `num_rows`, or what `SamplingTable.set` refuses.
+
+  >>> params = batchjax.SamplingParams(temperature=0.5)
+  >>> features = batchjax.SamplingFeatures.of([params], eos_token_ids=())
+  >>> batchjax.pack_sampling([params], [0], features, (), None, num_rows=2).temperature.tolist()
+  [0.5, 0.0]
   """
   if len(params) > num_rows:
     raise ValueError(f"{len(params)} rows do not fit num_rows={num_rows}")

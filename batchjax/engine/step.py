@@ -37,7 +37,14 @@ class EngineState:
 
 def init_engine_state(kv: KVState, max_rows: int, vocab_size: int,
                       features: SamplingFeatures) -> EngineState:
-  """Empty slots over an empty pool."""
+  """Empty slots over an empty pool.
+
+  >>> features = batchjax.SamplingFeatures.of([batchjax.SamplingParams()], eos_token_ids=())
+  >>> kv = batchjax.init_kv_state(model.config, num_pages=8, page_size=16)
+  >>> state = batchjax.init_engine_state(kv, 4, model.config.vocab_size, features)
+  >>> state.done.tolist()
+  [True, True, True, True]
+  """
   return EngineState(kv=kv, last_tokens=jnp.zeros(max_rows, jnp.int32),
                      done=jnp.ones(max_rows, bool), stop_states=jnp.zeros(max_rows, jnp.int32),
                      penalties=sampling.PenaltyState.create(max_rows, vocab_size, features))
@@ -58,6 +65,16 @@ def mixed_step(module: Any, features: SamplingFeatures, params: Any,
 
   Returns:
     Outputs with a leading axis of one, and the next state.
+
+  Behind the example of `pack`:
+
+  >>> module = batchjax.Transformer(model.config, engine.page_size)
+  >>> kv = batchjax.init_kv_state(model.config, plan.num_pages, engine.page_size)
+  >>> state = batchjax.init_engine_state(kv, 8, model.config.vocab_size, features)
+  >>> step = jax.jit(batchjax.mixed_step, static_argnums=(0, 1))
+  >>> outputs, state = step(module, features, model.params, None, state, inputs)
+  >>> bool(outputs.tokens[0, 0] == state.last_tokens[0])
+  True
   """
   hidden, outputs, state = _advance(module, features, params, stop_transitions, state, inputs)
   outputs = jax.tree.map(lambda x: x[None], outputs)
@@ -83,6 +100,17 @@ def decode_loop(module: Any, features: SamplingFeatures, max_steps: int, params:
 
   Returns:
     Outputs with -1 tokens for steps that a row did not take, and the next state.
+
+  Behind the example of `mixed_step`:
+
+  >>> batch = scheduler.next_batch()
+  >>> bucket = plan.bucket_for(batch.kind, batch.num_tokens)
+  >>> inputs = batchjax.pack(batch, bucket, table, page_size=engine.page_size)
+  >>> loop = jax.jit(batchjax.decode_loop, static_argnums=(0, 1, 2))
+  >>> outputs, state = loop(module, features, engine.max_decode_steps, model.params, None, state,
+  ...                       inputs, jnp.int32(batch.num_steps))
+  >>> int((outputs.tokens[:, 0] >= 0).sum()) == batch.num_steps
+  True
   """
   page_size = state.kv.page_size
   schedule = module.apply(params, _last_inputs(inputs, num_steps), method="make_schedule")

@@ -107,7 +107,12 @@ class StepMemory:
 
 @functools.cache
 def compiled_steps() -> StepMemory:
-  """The compiled steps that later jobs of this process take up again; `clear` drops them."""
+  """The compiled steps that later jobs of this process take up again; `clear` drops them.
+
+  >>> batchjax.compiled_steps().clear()
+  >>> batchjax.compiled_steps().keys()
+  []
+  """
   return StepMemory(max_entries=64)
 
 

@@ -12,6 +12,7 @@ from batchjax.io import fields as fields_lib
 from batchjax.io import prompts
 from batchjax.io.fields import Form, InvalidField
 from batchjax.io.records import Record, RowError
+from batchjax.plan.requests import find_problem
 from batchjax.types import SamplingParams
 
 _URLS: dict[str, Form] = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
@@ -115,41 +116,8 @@ def check_prompt(row: Row, token_ids: np.ndarray | Sequence[int], vocab_size: in
     vocab_size: token ids must be below it.
     max_len: most tokens of prompt and completion together.
   """
-  token_ids, params = np.asarray(token_ids), row.sampling_params
-  used = {"stop_token_ids": params.stop_token_ids,
-          "logit_bias": tuple(token for token, _ in params.logit_bias)}
-  try:
-    if not token_ids.size:
-      raise InvalidField("prompt", "the prompt has no tokens: give it at least one")
-    bad = np.flatnonzero((token_ids < 0) | (token_ids >= vocab_size))
-    if bad.size:
-      raise InvalidField("prompt", f"prompt token {bad[0]} is {token_ids[bad[0]]}, but the model's "
-                         f"vocabulary has {vocab_size} tokens: use the model's own tokenizer")
-    for name, tokens in used.items():
-      if max(tokens, default=0) >= vocab_size:
-        raise InvalidField(name, f"{name} names token {max(tokens)}, but the model's vocabulary "
-                           f"has {vocab_size} tokens: remove it")
-    if params.top_logprobs > vocab_size:
-      raise InvalidField("top_logprobs", f"{params.top_logprobs} alternatives per token exceed the "
-                         f"vocabulary of {vocab_size} tokens: ask for fewer")
-    room, least = max_len - token_ids.size, min(1, params.max_tokens)  # scoring needs no room
-    if room < least:
-      raise InvalidField("prompt", f"the prompt has {token_ids.size} tokens, which leaves no room "
-                         f"in the context of {max_len}: shorten it to at most {max_len - least}",
-                         "context_length_exceeded")
-    if params.min_tokens > room:
-      raise InvalidField("min_tokens", f"the prompt has {token_ids.size} tokens and min_tokens is "
-                         f"{params.min_tokens}, together over the context of {max_len}: shorten "
-                         f"the prompt or set min_tokens to at most {room}",
-                         "context_length_exceeded")
-    if params.max_tokens > room:
-      raise InvalidField("max_tokens", f"the prompt has {token_ids.size} tokens and max_tokens is "
-                         f"{params.max_tokens}, together over the context of {max_len}: shorten "
-                         f"the prompt or set max_tokens to at most {room}",
-                         "context_length_exceeded")
-  except InvalidField as e:
-    return RowError(row.index, row.row, row.request_id, e.field, str(e), e.code)
-  return None
+  found = find_problem(token_ids, row.sampling_params, vocab_size, max_len)
+  return found and RowError(row.index, row.row, row.request_id, *found)
 
 
 class DuplicateIds:

@@ -1,6 +1,6 @@
 """An input file as tokenized requests on disk: all that can go wrong before a model loads."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import functools
 import pathlib
@@ -59,11 +59,35 @@ def prepare(input_path: str, store_path: pathlib.Path, config: JobConfig, model:
     BadRow: a row is bad and `config.strict` is set.
     ConfigError: the chat template cannot be read or compiled.
   """
+  errors, num_rows = [], 0
+  source = records.read(input_path, config.limits.max_line_bytes)
+  with RequestWriter(store_path) as store:
+    for row, token_ids in prepare_rows(source, config, model, tokenizer):
+      num_rows += 1
+      if not isinstance(row, RowError):
+        store.append(row, token_ids)
+      elif config.strict:
+        raise BadRow(str(row))
+      else:
+        errors.append(row)
+  return Prepared(num_rows, tuple(errors))
+
+
+def prepare_rows(source: Iterable[Record], config: JobConfig, model: ModelConfig,
+                 tokenizer: Tokenizer) -> Iterator[tuple[validate.Row | RowError, np.ndarray]]:
+  """Each row validated, with its token ids, or its error with none; in order.
+
+  Args:
+    source: the rows.
+    config, model, tokenizer: as in `prepare`.
+
+  Raises:
+    ConfigError: the chat template cannot be read or compiled.
+  """
   renderer = _Renderer(config, tokenizer)
   stops = StopBudget(model.vocab_size, config.limits.max_stop_table_bytes)
-  duplicates, errors, num_rows = validate.DuplicateIds(), [], 0
-  texts = (guarded(record, "", renderer.prompt_of, record)
-           for record in records.read(input_path, config.limits.max_line_bytes))
+  duplicates = validate.DuplicateIds()
+  texts = (guarded(record, "", renderer.prompt_of, record) for record in source)
 
   def check(row: validate.Row, token_ids: np.ndarray) -> validate.Row | RowError:
     row = validate.fit_default(row, len(token_ids), model.max_len)
@@ -72,19 +96,9 @@ def prepare(input_path: str, store_path: pathlib.Path, config: JobConfig, model:
             or _check_pool(row, len(token_ids), config, model)
             or _check_stop(row, stops, config) or row)  # counts the stop strings of rows that run
 
-  with RequestWriter(store_path) as store:
-    for batch in _batches(texts):
-      num_rows += len(batch)
-      for row, token_ids in _tokenize(batch, tokenizer):
-        if not isinstance(row, RowError):
-          row = guarded(row, "", check, row, token_ids)
-        if not isinstance(row, RowError):
-          store.append(row, token_ids)
-        elif config.strict:
-          raise BadRow(str(row))
-        else:
-          errors.append(row)
-  return Prepared(num_rows, tuple(errors))
+  for batch in _batches(texts):
+    for row, token_ids in _tokenize(batch, tokenizer):
+      yield (row if isinstance(row, RowError) else guarded(row, "", check, row, token_ids)), token_ids
 
 
 class _Text(NamedTuple):

@@ -55,6 +55,14 @@ def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str
   Raises:
     Interrupted: SIGINT or SIGTERM came; the step that ran then is finished and kept.
     InputError, ConfigError, BadRow, JobError: see there; no model was loaded.
+
+  >>> rows = pathlib.Path("requests.jsonl")
+  >>> _ = rows.write_text('{"id": "a", "prompt": "The end", "max_tokens": 4, "temperature": 0}')
+  >>> config = batchjax.JobConfig(batchjax.ModelSource(path=path))
+  >>> batchjax.run(config, "requests.jsonl", "completions.jsonl", quiet=True).num_outputs
+  1
+  >>> "text" in json.loads(pathlib.Path("completions.jsonl").read_text())
+  True
   """
   error_path = error_path or default_error_path(output_path)
   directory = folder.directory_of(output_path, job_dir)

@@ -81,7 +81,7 @@ def rotate(x: Float[Array, "T ... H"], cos: Float[Array, "T h"],
 
 
 class Attention(nn.Module):
-  """Grouped-query attention over paged KV (Ainslie et al., 2023, section 2.2).
+  """Grouped-query attention, over paged KV or whole rows (Ainslie et al., 2023, section 2.2).
 
   Attributes:
     config: the model's.
@@ -93,9 +93,10 @@ class Attention(nn.Module):
 
   @nn.compact
   def __call__(self, x: Float[Array, "T D"], rope: tuple[Array, Array],
-               kv_pages: Float[Array, "A K page kv_dim"], write_slots: Int[Array, "T"],
-               schedule: attention_op.Schedule) -> tuple[Array, Array]:
-    """Returns the output [T, D] and the pool with this step's KV written."""
+               kv_pages: Float[Array, "A K page kv_dim"] | None,
+               write_slots: Int[Array, "T"] | None,
+               schedule: attention_op.Schedule) -> tuple[Array, Array | None]:
+    """Returns the output [T, D] and the pool with this step's KV written (None for whole rows)."""
     c = self.config
     group = c.num_heads // c.num_kv_heads
     qkv_shape = (c.num_kv_heads, group + 2, c.head_dim)
@@ -114,9 +115,8 @@ class Attention(nn.Module):
       q, k = norm("q_norm")(q), norm("k_norm")(k)
     q, k = rotate(q, *rope), rotate(k, *rope)
 
-    kv_pages = attention_op.write_kv(kv_pages, k, v, write_slots, schedule)
-    o = attention_op.shared_prefix_attention(
-        q.reshape(-1, c.num_heads, c.head_dim), kv_pages, schedule,
+    o, kv_pages = attention_op.attend(
+        q.reshape(-1, c.num_heads, c.head_dim), k, v, kv_pages, write_slots, schedule,
         scale=c.head_dim ** -0.5 if c.query_scale is None else c.query_scale,
         window=c.sliding_window if self.kind == "local" else None,
         soft_cap=c.attn_soft_cap)

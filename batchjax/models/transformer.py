@@ -1,4 +1,4 @@
-"""A decoder-only transformer over flat tokens and paged KV; families differ in `ModelConfig`."""
+"""A decoder-only transformer over flat tokens, with or without paged KV, for all `ModelConfig`s."""
 
 import contextlib
 import functools
@@ -7,12 +7,13 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from batchjax.cache.kv_state import KVState, init_kv_state
 from batchjax.config import ModelConfig
 from batchjax.models import layers
 from batchjax.ops import attention as attention_op
+from batchjax.ops.causal import WholeRows
 from batchjax.types import Segments, StepInputs
 
 
@@ -44,7 +45,7 @@ class Block(nn.Module):
 
 
 @functools.partial(jax.jit, static_argnums=0)
-def _apply_block(block: Block, *arguments: Any) -> tuple[Array, Array]:
+def _apply_block(block: Block, *arguments: Any) -> tuple[Array, Array | None]:
   """Layers of a kind are one function, traced and lowered once; only XLA sees one for each layer."""
   return block.apply(*arguments)
 
@@ -54,7 +55,8 @@ class Transformer(nn.Module):
 
   `apply(params, inputs, kv)` gives the hidden vectors of all flat tokens and
   the pool with their KV; `apply(params, hidden, method="logits")` gives the
-  logits of those that are needed. `params` is `{"params": tree}`, boxed with
+  logits of those that are needed; `apply(params, tokens, method="whole")` needs no
+  pool. `params` is `{"params": tree}`, boxed with
   logical axis names or not.
 
   Attributes:
@@ -62,6 +64,11 @@ class Transformer(nn.Module):
     page_size: tokens of a KV page.
     attention: implementation of the attention op; None picks by device.
     max_levels: most shared nodes above a row's own KV.
+
+  >>> module = batchjax.Transformer(model.config, page_size=16)
+  >>> hidden = module.apply(model.params, jnp.array([[7, 8, 9]]), method="whole")[-1]
+  >>> module.apply(model.params, hidden[0, -1], method="logits").shape == (model.config.vocab_size,)
+  True
   """
 
   config: ModelConfig
@@ -94,23 +101,40 @@ class Transformer(nn.Module):
       kv: the pool; donate it to have it updated in place.
       schedule: that of the decode loop which this step is in; None makes one for this step.
     """
-    c = self.config
     schedule = (self.make_schedule(inputs) if schedule is None
                 else attention_op.advance(schedule, inputs.positions))
-    ropes = {kind: layers.rope_table(c, kind, inputs.positions) for kind in set(c.layer_kinds)}
-    x = self.embed.lookup(inputs.tokens)
+    hidden, pages = self._layers(inputs.tokens, inputs.positions, kv.pages, inputs.write_slots,
+                                 schedule)
+    if self.is_initializing():
+      self.logits(hidden[-1])  # creates the parameters that only `logits` reads
+    return hidden[-1], kv.replace(pages=pages)
+
+  @_float32_products
+  def whole(self, tokens: Int[Array, "B S"],
+            checkpoint: bool = False) -> tuple[Float[Array, "B S D"], ...]:
+    """Hidden vectors of whole sequences, without a pool: see `forward_pass.forward`."""
+    rows, row_len = tokens.shape
+    positions = jnp.tile(jnp.arange(row_len, dtype=jnp.int32), rows)
+    hidden, _ = self._layers(tokens.reshape(-1), positions, (None,) * self.config.num_layers, None,
+                             WholeRows(row_len), checkpoint)
+    return tuple(x.reshape(rows, row_len, -1) for x in hidden)
+
+  def _layers(self, tokens, positions, pools, write_slots, schedule, checkpoint=False):
+    """The embeddings and what each layer leaves, the last one normed; and the layers' pools."""
+    c = self.config
+    ropes = {kind: layers.rope_table(c, kind, positions) for kind in set(c.layer_kinds)}
+    x = self.embed.lookup(tokens)
     if c.embed_scale != 1.0:
       x = x * jnp.asarray(c.embed_scale, x.dtype)
-    pages = []
-    for layer, kind, kv_pages in zip(self.layers, c.layer_kinds, kv.pages, strict=True):
-      arguments = x, ropes[kind], kv_pages, inputs.write_slots, schedule
-      x, kv_pages = (layer(*arguments) if self.is_initializing()
-                     else _apply_block(Block(c, kind, parent=None), layer.variables, *arguments))
-      pages.append(kv_pages)
-    x = self.final_norm(x)
-    if self.is_initializing():
-      self.logits(x)  # creates the parameters that only `logits` reads
-    return x, kv.replace(pages=tuple(pages))
+    apply_block = jax.checkpoint(_apply_block, static_argnums=0) if checkpoint else _apply_block
+    hidden, new_pools = [x], []
+    for layer, kind, pool in zip(self.layers, c.layer_kinds, pools, strict=True):
+      arguments = x, ropes[kind], pool, write_slots, schedule
+      x, pool = (layer(*arguments) if self.is_initializing()
+                 else apply_block(Block(c, kind, parent=None), layer.variables, *arguments))
+      hidden.append(x)
+      new_pools.append(pool)
+    return [*hidden[:-1], self.final_norm(x)], tuple(new_pools)
 
   @_float32_products
   def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:

@@ -6,10 +6,12 @@ import jax
 from jaxtyping import Array, Float, Int
 
 from batchjax.config import ModelConfig
+from batchjax.ops.causal import causal_attention, WholeRows
 from batchjax.types import Segments
 from pallas_kernels import shared_prefix_attention as kernel
 
 # What `make_schedule` returns: only `shared_prefix_attention` of the same implementation reads it.
+# `WholeRows` in its place says that there is no pool.
 Schedule = Any
 
 
@@ -44,6 +46,26 @@ def advance(schedule: Schedule, positions: Int[Array, "T"]) -> Schedule:
   """
   with jax.named_scope("attention_schedule"):
     return kernel.advance(schedule, positions)
+
+
+def attend(q: Float[Array, "T Q H"], k: Float[Array, "T K H"], v: Float[Array, "T K H"],
+           kv_pages: Float[Array, "A K page kv_dim"] | None, write_slots: Int[Array, "T"] | None,
+           schedule: Schedule, **options: Any) -> tuple[Float[Array, "T Q H"], Any]:
+  """The attention of a layer: over the pool, which first takes in k and v, or within whole rows.
+
+  Args:
+    q, k, v, kv_pages, write_slots: as in `write_kv` and `shared_prefix_attention`; no pool and no
+      slots for whole rows.
+    schedule: from `make_schedule`, or `WholeRows`.
+    **options: scale, window and soft_cap.
+
+  Returns:
+    The output and the pool.
+  """
+  if isinstance(schedule, WholeRows):
+    return causal_attention(q, k, v, schedule, **options), kv_pages
+  kv_pages = write_kv(kv_pages, k, v, write_slots, schedule)
+  return shared_prefix_attention(q, kv_pages, schedule, **options), kv_pages
 
 
 def shared_prefix_attention(q: Float[Array, "T Q H"], kv_pages: Float[Array, "A K page kv_dim"],

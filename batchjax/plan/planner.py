@@ -113,6 +113,14 @@ def make_plan(model: ModelConfig, requests: Sequence[Request], engine: EngineCon
       no compiling.
     is_only_window: no other window follows, so shapes may be cut to this one.
     stop_table: stop automata, if any request has stop strings.
+
+  >>> prefix = tokenizer.encode("The quick brown fox jumps over ")
+  >>> requests = [batchjax.Request(word, prefix + tokenizer.encode(word, add_special_tokens=False))
+  ...             for word in ("dogs", "cats", "me")]
+  >>> engine = batchjax.EngineConfig(num_pages=64)
+  >>> plan = batchjax.make_plan(model.config, requests, engine, batchjax.CHIPS["h100"])
+  >>> plan.totals.prompt_tokens_asked, plan.totals.prompt_tokens_planned
+  (106, 42)
   """
   prompts = [request.prompt_token_ids for request in requests]
   params = [request.sampling_params for request in requests]
@@ -177,7 +185,15 @@ def _likely_lengths(params: Sequence[SamplingParams],
 def make_scheduler(requests: Sequence[Request], plan: Plan, engine: EngineConfig, max_rows: int,
                    max_step_tokens: int, stop_table: StopTable | None,
                    max_tokens: Int[np.ndarray, "requests"] | None = None) -> Scheduler:
-  """A scheduler for the window of `plan`; `max_tokens` are those of the requests when None."""
+  """A scheduler for the window of `plan`; `max_tokens` are those of the requests when None.
+
+  >>> request = batchjax.Request("a", [7, 8, 9])
+  >>> engine = batchjax.EngineConfig(num_pages=64)
+  >>> plan = batchjax.make_plan(model.config, [request], engine, batchjax.CHIPS["cpu"])
+  >>> scheduler = batchjax.make_scheduler([request], plan, engine, 8, 64, None)
+  >>> scheduler.next_batch().num_tokens
+  3
+  """
   return Scheduler(requests, plan.tree, num_pages=plan.num_pages, page_size=engine.page_size,
                    max_rows=max_rows, max_step_tokens=max_step_tokens,
                    max_decode_steps=engine.max_decode_steps, stop_table=stop_table,

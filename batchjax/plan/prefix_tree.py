@@ -82,6 +82,11 @@ def build_prefix_tree(
 
   Raises:
     ValueError: a prompt is empty.
+
+  >>> prompts = [[1, 2, 3, 4], [1, 2, 3, 5], [9]]
+  >>> tree = batchjax.build_prefix_tree([np.array(prompt, np.int32) for prompt in prompts])
+  >>> tree.length.tolist()  # the root, the shared prefix, what is behind it, the other prompt
+  [0, 3, 1, 1, 1]
   """
   num_requests = len(prompts)
   lens = np.fromiter(map(len, prompts), np.int64, num_requests)

@@ -84,15 +84,18 @@ class Results:
   def _choice(self, seq: int) -> Choice:
     params = self._requests[self._rows.request[seq]].sampling_params
     finish = int(self._finish[seq])
-    # The last token of a row that stopped or failed is no text.
-    drawn = self.history.pop(seq, int(self.history.num_tokens[seq]) - (finish in (1, 4)))
+    drawn = self.history.pop(seq, int(self.history.num_tokens[seq]))
+    stop_token_id = int(drawn["tokens"][-1]) if finish == 1 else -1
+    if finish in (1, 4):  # the last token of a row that stopped or failed is no text
+      drawn = {name: values[:-1] for name, values in drawn.items()}
     num_top = params.top_logprobs
     has_top = params.logprobs and num_top > 0
     return Choice(
         index=int(self._rows.sample[seq]), token_ids=drawn["tokens"],
         finish_reason=_FINISH[finish], logprobs=drawn["logprobs"] if params.logprobs else None,
         top_token_ids=drawn["top_token_ids"][:, :num_top] if has_top else None,
-        top_logprobs=drawn["top_logprobs"][:, :num_top] if has_top else None)
+        top_logprobs=drawn["top_logprobs"][:, :num_top] if has_top else None,
+        stop_token_id=stop_token_id)
 
   def _completion(self, index: int) -> Completion:
     request = self._requests[index]

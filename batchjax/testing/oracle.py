@@ -8,13 +8,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from batchjax.cache.kv_state import init_kv_state
 from batchjax.engine import sampling
 from batchjax.engine.pack import pack_admissions
 from batchjax.engine.sampling_inputs import SamplingFeatures, pack_sampling
-from batchjax.models import Transformer
+from batchjax.forward_pass import forward
 from batchjax.plan.batch import Admission
-from batchjax.types import Choice, Completion, Request, Segments, StepInputs
+from batchjax.types import Choice, Completion, Request
 from batchjax.weights import Model
 
 # The logits f32[V] that follow a sequence i32[n].
@@ -60,7 +59,7 @@ def _choice(request, sample, logits_fn, draw_fn, eos_token_ids, token_bytes) -> 
   stop_ids = {*params.stop_token_ids, *(() if params.ignore_eos else eos_token_ids)}
   tokens: list[int] = []
   all_logits = []
-  text, reason = b"", ""
+  text, reason, stop_token_id = b"", "", -1
   while not reason and len(tokens) < params.max_tokens:
     sequence = np.append(request.prompt_token_ids, np.array(tokens, np.int32))
     logits = logits_fn(sequence)
@@ -75,12 +74,12 @@ def _choice(request, sample, logits_fn, draw_fn, eos_token_ids, token_bytes) -> 
     if len(tokens) > params.min_tokens and (token in stop_ids or is_string):
       reason = "stop"
       if token in stop_ids:
-        tokens.pop()
+        stop_token_id = tokens.pop()
     elif is_string:
       text = b""  # one that came too early is passed over, and matching starts afresh
   scores = _scores(all_logits[:len(tokens)], tokens, params.top_logprobs)
   return Choice(sample, np.array(tokens, np.int32), reason or "length",
-                *(scores if params.logprobs else (None,) * 3))
+                *(scores if params.logprobs else (None,) * 3), stop_token_id)
 
 
 def is_finite(logits: np.ndarray) -> bool:
@@ -113,7 +112,7 @@ def assert_same(got: Completion, want: Completion, atol: float = 1e-4) -> None:
   for mine, other in zip(got.choices, want.choices):
     where = f"request {name}, sample {other.index}"
     assert mine.token_ids.tolist() == other.token_ids.tolist(), where
-    assert mine.finish_reason == other.finish_reason, where
+    assert (mine.finish_reason, mine.stop_token_id) == (other.finish_reason, other.stop_token_id), where
     close(mine.logprobs, other.logprobs, where)
     close(mine.top_token_ids, other.top_token_ids, where)
     close(mine.top_logprobs, other.top_logprobs, where)
@@ -129,27 +128,16 @@ def _assert_close(got, want, where, atol):
 
 
 def transformer_logits(model: Model, max_len: int) -> LogitsFn:
-  """Logits of a transformer after a sequence: one prefill into an empty pool."""
-  config = model.config
-  module = Transformer(config, page_size=max_len)
+  """Logits of a transformer after a sequence, by `forward`: none of the engine's attention or KV."""
 
   @jax.jit
-  def run(params, tokens, length):
-    positions = jnp.arange(max_len, dtype=jnp.int32)
-    positions = jnp.where(positions < length, positions, -1)
-    whole = lambda value: jnp.full(1, value, jnp.int32)
-    inputs = StepInputs(
-        tokens=tokens, positions=positions, token_slots=positions, write_slots=positions,
-        segments=Segments(whole(0), whole(length), whole(0), whole(length), whole(0)),
-        page_indices=whole(0), sample_tokens=None, slots=None, own_segments=None, is_first=None,
-        stop_states=None, num_generated=None, sampling=None)
-    hidden, _ = module.apply(params, inputs, init_kv_state(config, 1, max_len))
-    return module.apply(params, hidden[length - 1], method="logits")
+  def run(model, tokens, length):
+    return forward(model, tokens).logits[length - 1]
 
   def logits_fn(sequence):
     padded = np.zeros(max_len, np.int32)
     padded[:len(sequence)] = sequence
-    return np.asarray(run(model.params, padded, np.int32(len(sequence))))
+    return np.asarray(run(model, padded, np.int32(len(sequence))))
 
   return logits_fn
 

@@ -9,7 +9,9 @@ from batchjax.text.gguf_vocab import read_gguf
 from batchjax.text.hf_vocab import read_tokenizer_json
 from batchjax.text.sentencepiece_vocab import read_sentencepiece
 from batchjax.text.special_text import SpecialText
+from batchjax.text.stop import build_stop_table, MAX_TABLE_BYTES
 from batchjax.text.vocab import Vocab
+from batchjax.types import StopTable
 
 _READERS = {".json": read_tokenizer_json, ".model": read_sentencepiece, ".gguf": read_gguf}
 
@@ -145,6 +147,20 @@ class Tokenizer:
       data = data.removeprefix(b" ")
     return data.decode("utf-8", errors="replace")
 
+  def stop_table(self, stops: Iterable[tuple[str, ...]], vocab_size: int,
+                 max_bytes: int = MAX_TABLE_BYTES) -> StopTable:
+    """Automata that find stop strings in tokens: `stop.build_stop_table` with this vocabulary.
+
+    Args:
+      stops: the stop strings of each request.
+      vocab_size: of the model, which may have more ids than the tokenizer.
+      max_bytes: largest table to build.
+
+    Raises:
+      ValueError: a stop string is empty, or the table would exceed `max_bytes`.
+    """
+    return build_stop_table(stops, [self.token_bytes(i) for i in range(vocab_size)], max_bytes)
+
   def to_json(self) -> str:
     """The vocabulary as the text of a tokenizer.json.
 
@@ -174,6 +190,10 @@ def load_tokenizer(path: str | Path, split_special_tokens: bool = False) -> Toke
   Raises:
     FileNotFoundError: there is no tokenizer at `path`.
     ValueError: the format, or a rule inside it, is not known here.
+
+  >>> tokenizer = batchjax.load_tokenizer(path)
+  >>> tokenizer.decode(tokenizer.encode("What is the time?"))
+  'What is the time?'
   """
   path = hub.local_path(path, "tokenizer")
   if path.is_dir():

@@ -1,8 +1,11 @@
 """Models from Hugging Face folders, GGUF files, Orbax checkpoints, or made at random."""
 
 import dataclasses
+import functools
 import pathlib
 from typing import Any
+
+import jax
 
 from batchjax import hub, models
 from batchjax.config import ConfigError, ModelConfig, ModelSource
@@ -17,13 +20,18 @@ __all__ = ("Model", "WeightError", "load_config", "load_hf_config", "load_model"
            "save_hf", "save_orbax", "source_format", "stored_dtype")
 
 
+@functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config"])
 @dataclasses.dataclass(frozen=True)
 class Model:
-  """A model ready to run.
+  """A model ready to run, and a pytree of its parameters: gradients and optimizers take it whole.
 
   Attributes:
     config: its shapes, family and dtype.
     params: `{"params": nested dict of jax.Array}`, what `module.apply` takes.
+
+  >>> halved = jax.tree.map(lambda p: p / 2, model)
+  >>> type(halved).__name__, halved.config == model.config
+  ('Model', True)
   """
 
   config: ModelConfig
@@ -116,6 +124,10 @@ def load_model(source: ModelSource, sharding_fn: ShardingFn = default_device) ->
     ConfigError: as `load_config`.
     WeightError: a tensor is missing, superfluous, of the wrong shape, not where the index says,
       or out of range.
+
+  >>> model = batchjax.load_model(batchjax.ModelSource(format="random", shape="tiny_llama", seed=1))
+  >>> model.params["params"]["embed"]["embedding"].shape
+  (256, 32)
   """
   path = hub.local_path(source.path)
   if source_format(source) == "gguf":

@@ -15,7 +15,9 @@ import safetensors.numpy
 from batchjax import models
 from batchjax.cache.kv_state import init_kv_state
 from batchjax.config import ModelConfig
+from batchjax.forward_pass import forward
 from batchjax.types import Segments, StepInputs
+from batchjax.weights import Model
 
 GOLDENS = pathlib.Path(__file__).parents[1] / "goldens"
 FAMILIES = ("llama", "mistral", "qwen2", "qwen3", "gemma2", "gemma3")
@@ -164,6 +166,14 @@ def test_logits_match_transformers(golden, way):
   run, tokens, expected = golden
   run.start()
   np.testing.assert_allclose(way(run, tokens), expected, rtol=0, atol=1e-4)
+
+
+def test_whole_sequences_match_transformers_and_the_engine(golden):
+  run, tokens, expected = golden
+  outputs = forward(Model(run.config, {"params": run.params}), tokens)
+  np.testing.assert_allclose(outputs.logits, expected, rtol=0, atol=1e-4)
+  run.start()
+  np.testing.assert_allclose(outputs.logits, in_one_piece(run, tokens), rtol=0, atol=1e-5)
 
 
 def test_a_million_positions_in_nothing_leaks(golden):
