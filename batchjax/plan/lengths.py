@@ -11,11 +11,11 @@ _PARTS = (1.0, 0.5, 0.25)
 
 def likely_lengths(least: Int[np.ndarray, "rows"],
                    max_tokens: Int[np.ndarray, "rows"]) -> Int[np.ndarray, "draws rows"]:
-  """Final lengths to plan for, where all that is known of a row is that it draws `least` to `max_tokens`.
+  """Final lengths to plan for, where a row is known to draw `least` to `max_tokens` and no more.
 
-  Limits are often set without knowing the scale of the answers, so there is a draw for each of several
-  scales, evenly spaced in their logarithm (the prior of Jeffreys for a scale); within a draw lengths are
-  spread evenly. One draw where all lengths are known.
+  Limits are often set without knowing the scale of the answers, so there is a draw for each of
+  several scales, evenly spaced in their logarithm (Jeffreys' prior of a scale); within a draw
+  lengths are spread evenly. One draw where all lengths are known.
   """
   spread = 1.0 - (np.arange(len(least)) * _GOLDEN_RATIO) % 1.0
   room = max_tokens - least

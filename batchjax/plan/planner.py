@@ -8,7 +8,6 @@ import math
 import sys
 from collections.abc import Callable, Collection, Sequence
 
-from jaxtyping import Int
 import numpy as np
 
 from batchjax.config import EngineConfig, ModelConfig
@@ -33,7 +32,7 @@ _READ_SHARE = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-  """What the simulated schedule says of a window; means over all likely lengths where those are not known.
+  """What the simulated schedule says of a window; means over likely lengths where those are unknown.
 
   Attributes:
     secs: by the roofline of the chip, attention after the products, padding included.
