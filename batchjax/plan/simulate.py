@@ -48,7 +48,7 @@ class StepShape:
 
   @property
   def num_useful(self) -> int:
-    """Tokens computed that anyone needs: those drawn in a loop, a mixed step's all but rows that ended."""
+    """Tokens that are not padding: those that a loop draws, all of a mixed step."""
     return self.num_drawn if self.kind == "decode" else self.num_tokens
 
   def secs(self, model: ModelConfig, chip: Chip, num_tokens: int) -> float:
