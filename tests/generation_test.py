@@ -94,6 +94,39 @@ def greedy(num=8, **params):
   return make_requests([SamplingParams(temperature=0.0, **params)], num)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_rows_that_end_unforeseen_move_down_to_narrower_loops(seed):
+  """Slots stay as they are: a narrow loop serves rows in slots past its width."""
+  rng = np.random.default_rng(seed)
+  requests = [Request(f"r{i}", rng.integers(0, 97, rng.integers(1, 12)).astype(np.int32),
+                      SamplingParams(temperature=0.0, max_tokens=int(rng.integers(1, 50))))
+              for i in range(int(rng.integers(20, 40)))]
+  model = Model(fake_config(eos=tuple(range(4))), {})
+  texts, widths, has_moved_down = [], [], False
+
+  def observe(event):
+    nonlocal has_moved_down
+    if isinstance(event, StepEvent) and event.bucket.kind == "decode":
+      widths.append(event.bucket.num_rows)
+      has_moved_down |= bool(event.batch.samples.slot.max() >= event.bucket.num_rows)
+
+  for lookahead, max_buckets in ((1, 2), (0, 1)):
+    engine = dataclasses.replace(ENGINE, max_rows=16, compile_secs=0.0, lookahead=lookahead,
+                                 max_buckets=max_buckets, num_pages=400)
+    texts.append({c.request_id: c.choices[0].token_ids.tolist()
+                  for c in generate(model, requests, engine, observe=observe,
+                                    module_class=FakeModel)})
+  assert texts[0] == texts[1]
+  assert set(widths) == {8, 16} and has_moved_down
+
+
+def test_a_job_of_one_token_a_row_compiles_no_loop():
+  requests, records = greedy(max_tokens=1), []
+  got = list(generate(FAKE, requests, ENGINE, observe=records.append, module_class=FakeModel))
+  names = [record.name for record in records if isinstance(record, CompileRecord)]
+  assert len(got) == len(requests) and [name.split()[0] for name in names] == ["mixed"]
+
+
 def test_nothing_compiles_after_warm_up():
   """No backend compile between the first step and the last, windows of new lengths included."""
   compiles, at_steps = [], []

@@ -1,6 +1,26 @@
 """How long outputs get: learned while the job runs (Past-Future, section 3; Tokasaurus)."""
 
+from jaxtyping import Int
 import numpy as np
+
+# Multiples of it, modulo 1, spread evenly however many there are.
+_GOLDEN_RATIO = 0.6180339887498949
+# Parts of their room that the rows of a job use at most; none is likelier than another.
+_PARTS = (1.0, 0.5, 0.25)
+
+
+def likely_lengths(least: Int[np.ndarray, "rows"],
+                   max_tokens: Int[np.ndarray, "rows"]) -> Int[np.ndarray, "draws rows"]:
+  """Final lengths to plan for, where a row is known to draw `least` to `max_tokens` and no more.
+
+  Limits are often set without knowing the scale of the answers, so there is a draw for each of
+  several scales, evenly spaced in their logarithm (Jeffreys' prior of a scale); within a draw
+  lengths are spread evenly. One draw where all lengths are known.
+  """
+  spread = 1.0 - (np.arange(len(least)) * _GOLDEN_RATIO) % 1.0
+  room = max_tokens - least
+  return np.stack([least + np.ceil(room * part * spread).astype(np.int64)
+                   for part in (_PARTS if room.any() else _PARTS[:1])])
 
 
 class LengthPredictor:

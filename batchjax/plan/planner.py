@@ -3,11 +3,11 @@
 import collections
 import dataclasses
 import functools
+import itertools
 import math
 import sys
 from collections.abc import Callable, Collection, Sequence
 
-from jaxtyping import Int
 import numpy as np
 
 from batchjax.config import EngineConfig, ModelConfig
@@ -15,16 +15,15 @@ from batchjax.plan import buckets as buckets_lib
 from batchjax.plan import grouping, memory, order, simulate
 from batchjax.plan.buckets import Bucket
 from batchjax.plan.cost import Chip, PlanTotals, plan_totals
+from batchjax.plan.lengths import likely_lengths
 from batchjax.plan.prefix_tree import PrefixTree, build_prefix_tree
 from batchjax.plan.scheduler import Scheduler
 from batchjax.types import Request, SamplingParams, StopTable
 
 # A kept node costs about this many tokens of work in segments, merges and part-filled pages.
 _NODE_OVERHEAD_TOKENS = 8.0
-# Enough dispatches to see every kind of step of a window many times.
+# Enough dispatches to see every kind of step of a window many times, over all draws of lengths.
 _MAX_DISPATCHES = 300
-# Multiples of it, modulo 1, spread evenly however many there are.
-_GOLDEN_RATIO = 0.6180339887498949
 # Sizes are rounded up to this before buckets are chosen among them.
 _TOKEN_MULTIPLE, _ROW_MULTIPLE = 64, 8
 # Loading a compiled shape, beside what compiling it costs.
@@ -33,7 +32,7 @@ _READ_SHARE = 0.05
 
 @dataclasses.dataclass(frozen=True)
 class Prediction:
-  """What the simulated schedule says of a window.
+  """What the simulated schedule says of a window; means over likely lengths where those are unknown.
 
   Attributes:
     secs: by the roofline of the chip, attention after the products, padding included.
@@ -41,7 +40,7 @@ class Prediction:
       counted.
     num_mixed, num_decode: dispatches of each kind.
     padding_waste: part of the launched tokens that is padding.
-    peak_pages: most pages in use.
+    peak_pages: most pages in use, by any of the likely lengths.
     is_extrapolated: the window is longer than what was simulated.
   """
 
@@ -147,45 +146,45 @@ def make_plan(model: ModelConfig, requests: Sequence[Request], engine: EngineCon
   max_tokens_mixed = engine.max_step_tokens
   if is_only_window:
     max_tokens_mixed = min(max_tokens_mixed, int(tree.length.sum()) + total_rows)
-  likely = _likely_lengths(params, max_tokens)
-  shapes = simulate.simulate(
-      make_scheduler(requests, plan, engine, max_rows, max_tokens_mixed, stop_table, likely),
-      _MAX_DISPATCHES, max(p.top_logprobs for p in params))
-  if is_only_window and len(shapes) < _MAX_DISPATCHES and all(p.ignore_eos for p in params):
+  in_order = np.argsort(tree.node_of_request, kind="stable")
+  in_order = np.repeat(in_order, samples[in_order])
+  least = np.array([_least_tokens(p) for p in params], np.int64)
+  draws = likely_lengths(least[in_order], max_tokens[in_order])
+  are_known, max_dispatches = len(draws) == 1, _MAX_DISPATCHES // len(draws)
+  simulated = [_counted(simulate.simulate(
+      make_scheduler(requests, plan, engine, max_rows, max_tokens_mixed, stop_table),
+      max_dispatches, max(p.top_logprobs for p in params),
+      lengths=None if are_known else lengths, lookahead=engine.lookahead),
+                        plan.totals.prompt_tokens_planned, int(lengths.sum()), 1 / len(draws))
+               for lengths in draws]
+  shapes = list(itertools.chain(*simulated))
+  is_extrapolated = max(map(len, simulated)) >= max_dispatches
+  if is_only_window and not is_extrapolated and are_known and max_tokens.any():
     # The simulation is the job: where the pool holds fewer rows, no step need be wider.
     most = max(shape.num_slots for shape in shapes)
     max_rows = min(max_rows, -(-most // _ROW_MULTIPLE) * _ROW_MULTIPLE)
   num_shared = int((tree.num_rows[1:] > 1).sum()) if is_only_window else sys.maxsize
-  drawn = int((likely * samples).sum())
-  scale = _scale(shapes, plan.totals.prompt_tokens_planned, drawn)
-  step_secs = {kind: _step_secs(model, chip, shapes, kind) for kind in scale}
-  solve = functools.partial(_solve, engine, shapes, scale, step_secs, max_tokens_mixed,
-                            is_only_window)
+  step_secs = {kind: _step_secs(model, chip, simulated[0], kind) for kind in ("mixed", "decode")}
+  if is_only_window and max_tokens.max() <= 1:  # mixed steps draw all there is
+    del step_secs["decode"]
+  solve = functools.partial(_solve, engine, shapes, step_secs, max_tokens_mixed, is_only_window)
   states = _states(max_rows, num_shared, num_pages, engine, available)
   _, buckets = min((solve(state, available, may_compile) for state in states
                     for may_compile in (False, True)), key=lambda solution: solution[0])
   _, cut_buckets = solve(Bucket("mixed", 0, max_rows, 0, num_pages), None)
   return dataclasses.replace(plan, buckets=buckets, prediction=_predict(
-      model, chip, shapes, scale, buckets, cut_buckets))
+      model, chip, shapes, buckets, cut_buckets, is_extrapolated))
 
 
-def _likely_lengths(params: Sequence[SamplingParams],
-                    max_tokens: Int[np.ndarray, "requests"]) -> Int[np.ndarray, "requests"]:
-  """The output lengths that the simulation takes the samples of each request to reach.
-
-  Rows that ignore the model's end tokens reach `max_tokens`. Of the others nothing is known, so
-  their lengths are spread evenly up to it: batches shrink towards the end of such a job, and
-  its shapes must suit that too.
-  """
-  spread = (np.arange(len(params)) * _GOLDEN_RATIO) % 1.0
-  ignores = np.array([p.ignore_eos for p in params], bool)
-  return np.where(ignores, max_tokens, np.ceil(max_tokens * (1.0 - spread)).astype(np.int64))
+def _least_tokens(params: SamplingParams) -> int:
+  """Tokens that a sample draws at least, whatever the model says."""
+  is_known = params.ignore_eos and not params.stop and not params.stop_token_ids
+  return params.max_tokens if is_known else min(params.min_tokens, params.max_tokens)
 
 
 def make_scheduler(requests: Sequence[Request], plan: Plan, engine: EngineConfig, max_rows: int,
-                   max_step_tokens: int, stop_table: StopTable | None,
-                   max_tokens: Int[np.ndarray, "requests"] | None = None) -> Scheduler:
-  """A scheduler for the window of `plan`; `max_tokens` are those of the requests when None.
+                   max_step_tokens: int, stop_table: StopTable | None) -> Scheduler:
+  """A scheduler for the window of `plan`.
 
   >>> request = batchjax.Request("a", [7, 8, 9])
   >>> engine = batchjax.EngineConfig(num_pages=64)
@@ -196,23 +195,25 @@ def make_scheduler(requests: Sequence[Request], plan: Plan, engine: EngineConfig
   """
   return Scheduler(requests, plan.tree, num_pages=plan.num_pages, page_size=engine.page_size,
                    max_rows=max_rows, max_step_tokens=max_step_tokens,
-                   max_decode_steps=engine.max_decode_steps, stop_table=stop_table,
-                   max_tokens=max_tokens)
+                   max_decode_steps=engine.max_decode_steps, stop_table=stop_table)
 
 
-def _scale(shapes: list[simulate.StepShape], prompt_tokens: int,
-           drawn_tokens: int) -> dict[str, float]:
-  """How often each simulated dispatch stands for one of the whole window, by kind.
+def _counted(shapes: list[simulate.StepShape], prompt_tokens: int, drawn_tokens: int,
+             likelihood: float) -> list[simulate.StepShape]:
+  """The simulated dispatches with how many of the whole window each stands for.
 
   Mixed steps in proportion to the prompt tokens, decode loops to the tokens that mixed steps
-  leave to draw.
+  leave to draw; those of the end of the window for themselves.
   """
-  drawn = collections.Counter()
+  head, drawn = [shape for shape in shapes if not shape.is_end], collections.Counter()
   for shape in shapes:
-    drawn[shape.kind] += shape.num_rows * shape.num_steps
-  mixed = max(1.0, prompt_tokens / max(sum(shape.num_prompt_tokens for shape in shapes), 1))
-  return {"mixed": mixed,
-          "decode": max(1.0, (drawn_tokens - mixed * drawn["mixed"]) / max(drawn["decode"], 1))}
+    drawn["end" if shape.is_end else shape.kind] += shape.num_drawn
+  prompt_tokens -= sum(shape.num_prompt_tokens for shape in shapes if shape.is_end)
+  mixed = max(1.0, prompt_tokens / max(sum(shape.num_prompt_tokens for shape in head), 1))
+  decode = max(1.0, (drawn_tokens - drawn["end"] - mixed * drawn["mixed"]) / max(drawn["decode"], 1))
+  counts = [1.0 if shape.is_end else mixed if shape.kind == "mixed" else decode for shape in shapes]
+  return [dataclasses.replace(shape, count=likelihood * count)
+          for shape, count in zip(shapes, counts)]
 
 
 def _states(max_rows: int, num_shared: int, num_pages: int, engine: EngineConfig,
@@ -239,14 +240,14 @@ def _step_secs(model: ModelConfig, chip: Chip, shapes: list[simulate.StepShape],
   return lambda size: typical.secs(model, chip, size) / typical.num_steps
 
 
-def _solve(engine: EngineConfig, shapes: list[simulate.StepShape], scale: dict[str, float],
+def _solve(engine: EngineConfig, shapes: list[simulate.StepShape],
            step_secs: dict[str, Callable[[int], float]], max_step_tokens: int, is_whole: bool,
            state: Bucket, available: Collection[tuple[Bucket, int]] | None, may_compile: bool = True
            ) -> tuple[float, tuple[Bucket, ...]]:
   """The best shapes over a state of given sizes, and the seconds that they cost.
 
   `available` None asks for shapes cut to this job alone. Where nothing may be compiled, the cost
-  is infinite unless those that are available do.
+  is infinite unless those that are available do. Kinds without `step_secs` never run.
   """
   num_rows = state.num_rows
   total, buckets = engine.first_compile_secs if may_compile else 0.0, []
@@ -254,11 +255,13 @@ def _solve(engine: EngineConfig, shapes: list[simulate.StepShape], scale: dict[s
   for kind, limit, most, multiple in (
       ("mixed", max(max_step_tokens, num_rows), engine.max_step_tokens, _TOKEN_MULTIPLE),
       ("decode", num_rows, num_rows, _ROW_MULTIPLE)):
+    if kind not in step_secs:
+      continue
     weights = collections.Counter()
     for step in shapes:
       if step.kind == kind:
         weights[min(step.num_tokens, limit)] += (
-            scale[kind] * step.num_steps * -(-step.num_tokens // limit))
+            step.count * step.num_steps * -(-step.num_tokens // limit))
     shape = lambda size: state._replace(
         kind=kind, num_tokens=size, num_rows=num_rows if kind == "mixed" else size)
     if available is None:
@@ -282,23 +285,23 @@ def _solve(engine: EngineConfig, shapes: list[simulate.StepShape], scale: dict[s
 
 
 def _predict(model: ModelConfig, chip: Chip, shapes: list[simulate.StepShape],
-             scale: dict[str, float], buckets: Sequence[Bucket],
-             cut_buckets: Sequence[Bucket]) -> Prediction:
+             buckets: Sequence[Bucket], cut_buckets: Sequence[Bucket],
+             is_extrapolated: bool) -> Prediction:
   sizes_in = lambda buckets: [_padded(buckets, shape.kind, shape.num_tokens) for shape in shapes]
-  secs_of = lambda sizes: sum(scale[shape.kind] * shape.secs(model, chip, size)
+  secs_of = lambda sizes: sum(shape.count * shape.secs(model, chip, size)
                               for size, shape in zip(sizes, shapes))
   sizes = sizes_in(buckets)
-  launched = sum(size * shape.num_steps for size, shape in zip(sizes, shapes))
-  useful = sum(shape.num_tokens * shape.num_steps for shape in shapes)
-  dispatches = collections.Counter(shape.kind for shape in shapes)
+  launched = sum(shape.count * size * shape.num_steps for size, shape in zip(sizes, shapes))
+  dispatches = collections.Counter()
+  for shape in shapes:
+    dispatches[shape.kind] += shape.count
   secs = secs_of(sizes)
   return Prediction(
       secs=secs, ladder_secs=secs - secs_of(sizes_in(cut_buckets)),
-      num_mixed=round(scale["mixed"] * dispatches["mixed"]),
-      num_decode=round(scale["decode"] * dispatches["decode"]),
-      padding_waste=1 - useful / max(launched, 1),
+      num_mixed=round(dispatches["mixed"]), num_decode=round(dispatches["decode"]),
+      padding_waste=1 - sum(shape.count * shape.num_useful for shape in shapes) / max(launched, 1),
       peak_pages=max((shape.used_pages for shape in shapes), default=0),
-      is_extrapolated=len(shapes) == _MAX_DISPATCHES)
+      is_extrapolated=is_extrapolated)
 
 
 def cached_tokens(requests: Sequence[Request], engine: EngineConfig) -> np.ndarray:

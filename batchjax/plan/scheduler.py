@@ -45,15 +45,13 @@ class Scheduler:
 
   def __init__(self, requests: Sequence[Request], tree: PrefixTree, *, num_pages: int,
                page_size: int, max_rows: int, max_step_tokens: int, max_decode_steps: int,
-               stop_table: StopTable | None = None,
-               max_tokens: Int[np.ndarray, "requests"] | None = None):
+               stop_table: StopTable | None = None):
     """Args:
       requests: of the window.
       tree: their prefix tree in the order of execution.
       num_pages, page_size: of the KV pool.
       max_rows, max_step_tokens, max_decode_steps: see `EngineConfig`.
       stop_table: stop automata, if any request has stop strings.
-      max_tokens: those of the requests, if others than their own.
 
     Raises:
       ConfigError: the steps are too small to score prompts.
@@ -65,8 +63,7 @@ class Scheduler:
     if self._scores and max_step_tokens < 2:
       raise ConfigError("engine.max_step_tokens=1 holds no token beside the one that scores it: "
                         "prompt_logprobs needs at least 2")
-    if max_tokens is None:
-      max_tokens = np.array([r.sampling_params.max_tokens for r in requests], np.int64)
+    max_tokens = np.array([r.sampling_params.max_tokens for r in requests], np.int64)
 
     self._rows = Rows(requests, tree, max_tokens, max_rows)
     self._pool = PageTable(num_pages, page_size, max_rows + tree.num_nodes)
@@ -235,6 +232,10 @@ class Scheduler:
     self._admissions.append(Admission(
         slot, request.request_id, request.sampling_params, int(self._rows.sample[seq]),
         request.prompt_token_ids, self._results.history.tokens(seq)))
+
+  def stop_admitting(self) -> None:
+    """Rows that were never admitted stay away: the schedule goes on as at the end of a window."""
+    self._next_seq = len(self._rows)
 
   # -- leaving ------------------------------------------------------------------
 

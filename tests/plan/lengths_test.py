@@ -5,7 +5,7 @@ import hypothesis.extra.numpy as hnp
 import hypothesis.strategies as st
 import numpy as np
 
-from batchjax.plan.lengths import LengthPredictor, peak_pages
+from batchjax.plan.lengths import LengthPredictor, likely_lengths, peak_pages
 
 
 def predictor_of(fractions, **options) -> LengthPredictor:
@@ -90,3 +90,20 @@ def test_peak_is_never_too_low_and_exact_for_pages_of_one(rows, page_size):
 
 def test_no_rows_hold_no_pages():
   assert peak_pages(np.empty(0, int), np.empty(0, int), 4) == 0
+
+
+@hypothesis.given(st.lists(st.tuples(st.integers(0, 50), st.integers(0, 50)), min_size=1, max_size=40))
+def test_likely_lengths_lie_in_their_room(pairs):
+  least, room = np.array(pairs).T
+  draws = likely_lengths(least, least + room)
+  assert len(draws) == (3 if room.any() else 1)
+  assert (draws[:, room == 0] == least[room == 0]).all()
+  assert (draws > least)[:, room > 0].all() and (draws <= least + room).all()
+  assert (np.diff(draws, axis=0) <= 0).all()
+
+
+def test_likely_lengths_are_spread_evenly_over_all_half_and_a_quarter_of_the_room():
+  least = np.full(1000, 100)
+  for part, lengths in zip((1, 1 / 2, 1 / 4), likely_lengths(least, least + 1000)):
+    counts, _ = np.histogram(lengths, 10, (100, 100 + 1000 * part))
+    assert abs(counts - 100).max() <= 10

@@ -5,8 +5,8 @@ import dataclasses
 import numpy as np
 import pytest
 
-from batchjax.config import ConfigError, EngineConfig
-from batchjax.plan import planner
+from batchjax.config import ConfigError, EngineConfig, ModelConfig
+from batchjax.plan import planner, simulate
 from batchjax.plan.buckets import Bucket
 from batchjax.plan.cost import CHIPS
 from batchjax.testing.fake_model import fake_config
@@ -150,6 +150,77 @@ def test_a_long_window_is_extrapolated():
   for ratio in (second.secs / first.secs, second.num_mixed / first.num_mixed,
                 second.num_decode / first.num_decode):
     assert 1.8 < ratio < 2.2
+
+
+H100 = EngineConfig(page_size=64, max_rows=1024, max_step_tokens=8192, compile_secs=0.5,
+                    first_compile_secs=12.0)
+LLAMA = ModelConfig("llama", vocab_size=128_256, hidden_size=2048, ffn_size=8192, num_layers=16,
+                    num_heads=32, num_kv_heads=8, head_dim=64, max_len=131_072, tie_embeddings=True,
+                    dtype="bfloat16")
+LLAMA_8B = dataclasses.replace(LLAMA, hidden_size=4096, ffn_size=14_336, num_layers=32, layer_kinds=(),
+                               head_dim=128, tie_embeddings=False)
+
+
+@pytest.mark.parametrize("model, num_pages, groups, share, prefix, own, output, n, mixed, decode", [
+    (LLAMA_8B, 6656, 64, 16, 2000, 200, 100, 1, [8192], [128, 896]),
+    (LLAMA_8B, 6656, 512, 1, 0, 1024, 256, 1, [8192], [352]),
+    (LLAMA_8B, 6656, 1, 512, 16_000, 64, 64, 1, [8192], [512]),
+    (LLAMA, 32_768, 512, 3, 1570, 30, 100, 1, [8192], [1024]),
+    (LLAMA, 32_768, 64, 1, 0, 900, 256, 32, [8192], [1024]),
+])
+def test_shapes_of_jobs_whose_lengths_are_known(model, num_pages, groups, share, prefix, own, output, n,
+                                                mixed, decode):
+  """Those that the figures of scripts/BENCHMARKS.md were measured with."""
+  rng = np.random.default_rng(0)
+  prefixes = rng.integers(0, 1000, (groups, prefix))
+  requests = [Request(f"{i}", np.append(prefixes[i // share], rng.integers(0, 1000, own)).astype(np.int32),
+                      SamplingParams(max_tokens=output, n=n, ignore_eos=True))
+              for i in range(groups * share)]
+  plan = planner.make_plan(model, requests, dataclasses.replace(H100, num_pages=num_pages),
+                           CHIPS["h100"])
+  sizes = {kind: [b.num_tokens for b in plan.buckets if b.kind == kind] for kind in ("mixed", "decode")}
+  assert sizes == {"mixed": mixed, "decode": decode}
+
+
+@pytest.mark.parametrize("params, is_only, kinds", [
+    (dict(max_tokens=1), True, {"mixed"}),
+    (dict(max_tokens=1, n=3), True, {"mixed"}),
+    (dict(max_tokens=0, prompt_logprobs=True), True, {"mixed"}),
+    (dict(max_tokens=1), False, {"mixed", "decode"}),
+    (dict(max_tokens=2), True, {"mixed", "decode"}),
+])
+def test_jobs_that_never_decode_compile_no_loop(params, is_only, kinds):
+  plan = planner.make_plan(CONFIG, window(**params), ENGINE, CPU, is_only_window=is_only)
+  assert {bucket.kind for bucket in plan.buckets} == kinds
+
+
+def secs_of(requests, lengths, engine, plan):
+  """Seconds of a job whose rows have these lengths, compiling included, and its padding."""
+  largest = max(bucket.num_tokens for bucket in plan.buckets)
+  shapes = simulate.simulate(
+      planner.make_scheduler(requests, plan, engine, engine.max_rows, largest, None),
+      10_000, lengths=lengths, lookahead=engine.lookahead)
+  sizes = [plan.bucket_for(shape.kind, shape.num_tokens).num_tokens for shape in shapes]
+  secs = sum(shape.secs(LLAMA_8B, CHIPS["h100"], size) for shape, size in zip(shapes, sizes))
+  launched = sum(size * shape.num_steps for shape, size in zip(shapes, sizes))
+  return (secs + engine.compile_secs * len(plan.buckets),
+          1 - sum(shape.num_useful for shape in shapes) / launched)
+
+
+def test_where_lengths_are_unknown_a_plan_for_many_beats_one_for_a_guess():
+  engine = dataclasses.replace(H100, num_pages=6656, max_rows=512, max_step_tokens=4096)
+  requests = window(1200, shared_len=100, own_len=50, max_tokens=128)
+  plan = planner.make_plan(LLAMA_8B, requests, engine, CHIPS["h100"])
+  guesses = np.ceil(128 * (1 - np.arange(1200) * 0.618 % 1)).astype(int)
+  guess = planner.make_plan(LLAMA_8B, [dataclasses.replace(request, sampling_params=SamplingParams(
+      max_tokens=int(length), ignore_eos=True)) for request, length in zip(requests, guesses)],
+                            engine, CHIPS["h100"])
+  rng, got = np.random.default_rng(0), []
+  for lengths in (rng.integers(1, 129, 1200), np.exp(rng.normal(np.log(20), 0.8, 1200))):
+    lengths = np.clip(np.ceil(lengths), 1, 128).astype(int)
+    got.append([secs_of(requests, lengths, engine, p) for p in (plan, guess)])
+  (secs, padding), (guess_secs, guess_padding) = np.mean(got, axis=0)
+  assert secs < 0.99 * guess_secs and padding < guess_padding
 
 
 def test_pick_bucket_takes_the_smallest_of_its_kind():

@@ -17,12 +17,12 @@ ENGINE = EngineConfig(page_size=4, num_pages=100, max_rows=4, max_step_tokens=4,
                       max_decode_steps=2)
 
 
-def shapes_of(requests, engine=ENGINE, max_dispatches=100):
+def shapes_of(requests, engine=ENGINE, max_dispatches=200, **options):
   plan = planner.make_plan(CONFIG, requests, engine, CHIPS["cpu"], buckets=())
   scheduler = planner.make_scheduler(requests, plan, engine, engine.max_rows,
                                      engine.max_step_tokens, None)
   return simulate(scheduler, max_dispatches,
-                  max(request.sampling_params.top_logprobs for request in requests))
+                  max(request.sampling_params.top_logprobs for request in requests), **options)
 
 
 def request(name, prompt, **params):
@@ -32,16 +32,16 @@ def request(name, prompt, **params):
 def test_one_request_step_by_step():
   got = shapes_of([request("a", range(10), max_tokens=5)])
   assert got == [
-      StepShape("mixed", num_tokens=4, num_rows=0, num_steps=1, num_prompt_tokens=4,
+      StepShape("mixed", num_tokens=4, num_rows=0, num_steps=1, num_prompt_tokens=4, num_drawn=0,
                 kv_read_tokens=4, attn_pairs=16, used_pages=1, num_slots=1),
-      StepShape("mixed", num_tokens=4, num_rows=0, num_steps=1, num_prompt_tokens=4,
+      StepShape("mixed", num_tokens=4, num_rows=0, num_steps=1, num_prompt_tokens=4, num_drawn=0,
                 kv_read_tokens=8, attn_pairs=32, used_pages=2, num_slots=1),
-      StepShape("mixed", num_tokens=2, num_rows=1, num_steps=1, num_prompt_tokens=2,
+      StepShape("mixed", num_tokens=2, num_rows=1, num_steps=1, num_prompt_tokens=2, num_drawn=1,
                 kv_read_tokens=10, attn_pairs=20, used_pages=3, num_slots=1),
-      StepShape("decode", num_tokens=1, num_rows=1, num_steps=2, num_prompt_tokens=0,
+      StepShape("decode", num_tokens=1, num_rows=1, num_steps=2, num_prompt_tokens=0, num_drawn=2,
                 kv_read_tokens=11, attn_pairs=11, used_pages=3, num_slots=1),
       # The row leaves with its last dispatch, and its pages are free at once.
-      StepShape("decode", num_tokens=1, num_rows=1, num_steps=2, num_prompt_tokens=0,
+      StepShape("decode", num_tokens=1, num_rows=1, num_steps=2, num_prompt_tokens=0, num_drawn=2,
                 kv_read_tokens=13, attn_pairs=13, used_pages=0, num_slots=1),
   ]
 
@@ -82,5 +82,39 @@ def test_stops_where_it_is_told():
 
 def test_seconds_are_those_of_the_padded_step_times_the_iterations():
   model, chip = CONFIG, CHIPS["h100"]
-  shape = StepShape("decode", 5, 5, 4, 0, 30, 60, 9, 5)
-  assert shape.secs(model, chip, 8) == 4 * step_cost(model, chip, 8, 5, 30, 60).serial_secs
+  shape = StepShape("decode", 5, 5, 4, 0, 20, 30, 60, 9, 5)
+  assert shape.secs(model, chip, 8) == 4 * step_cost(model, chip, 8, 8, 30, 60).serial_secs
+  shape = dataclasses.replace(shape, kind="mixed", num_steps=1)  # draws from as many rows in any shape
+  assert shape.secs(model, chip, 8) == step_cost(model, chip, 8, 5, 30, 60).serial_secs
+
+
+@pytest.mark.parametrize("lookahead", [0, 1, 2])
+def test_an_end_that_nobody_foresaw_is_seen_lookahead_dispatches_later(lookahead):
+  requests = [request(name, range(4), max_tokens=21) for name in "ab"]
+  engine = dataclasses.replace(ENGINE, max_step_tokens=8, share_prefixes=False)
+  lengths = np.array([4, 21])  # the first row ends in the second of its loops of two
+  got = shapes_of(requests, engine, lengths=lengths, lookahead=lookahead)
+  loops = [shape for shape in got if shape.kind == "decode"]
+  assert [shape.num_drawn for shape in loops] == [4, 3] + 8 * [2]
+  assert [shape.num_rows for shape in loops] == (2 + lookahead) * [2] + (8 - lookahead) * [1]
+  assert [shape.num_steps for shape in loops] == 10 * [2]
+
+
+def test_a_loop_ends_with_its_last_row():
+  loops = [shape for shape in shapes_of([request("a", range(3), max_tokens=9)],
+                                        lengths=np.array([2]), lookahead=1)
+           if shape.kind == "decode"]
+  assert [(shape.num_steps, shape.num_drawn) for shape in loops] == [(1, 1), (1, 0)]
+
+
+def test_the_end_of_a_long_job_is_that_of_its_last_rows():
+  requests = [request(f"{i}", range(3), max_tokens=12) for i in range(60)]
+  lengths = np.tile([3, 12], 30)
+  whole = shapes_of(requests, lengths=lengths)
+  short = shapes_of(requests, max_dispatches=20, lengths=lengths)
+  assert short[:20] == whole[:20]
+  assert all(shape.is_end for shape in short[20:])
+  # Rows that run go on to their ends, and no row comes any more.
+  assert short[-1].num_rows < max(shape.num_rows for shape in short[:20])
+  assert not any(shape.num_prompt_tokens for shape in short[-3:])
+  assert len(short) < len(whole)
