@@ -5,7 +5,10 @@
         --output_len=100 --measure_ceilings
 
 `batchjax/bench/workloads.py` says what the workloads and their flags are, `Figures` of
-`batchjax/bench/bench.py` what the figures mean. Any field of the configuration can be set:
+`batchjax/bench/bench.py` what the figures mean. Flags named like sampling parameters hold for all
+requests, so that a job with one can be timed beside the same job without: --temperature=1,
+--logprobs --top_logprobs=5, --presence_penalty=0.5, --stop_strings=4, and to score every prompt,
+--workload=random --output_len=1 --prompt_logprobs. Any field of the configuration can be set:
 --config.engine.share_prefixes=False. With --profile=DIR, two seconds of the run are
 traced, and where device time went is in the line too. With --host_only nothing runs on a device and
 no weights are loaded: the line has the CPU time of planning and of the host's part of a dispatch.
@@ -30,15 +33,12 @@ from batchjax.bench.workloads import Draw, WORKLOADS
 from batchjax.engine.device import chip_of
 from batchjax.jobs import command_line
 from batchjax.jobs.run import configure_jax
-from batchjax.types import SamplingParams
 from batchjax.weights import load_config, load_model
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Configuration file.")
 _WORKLOAD = workload_flags.define()
+workload_flags.define_sampling()
 _SEED = flags.DEFINE_integer("seed", 0, "Of the tokens.")
-_TEMPERATURE = flags.DEFINE_float("temperature", 0.0, "Of all requests; 0 is greedy.")
-_TOP_P = flags.DEFINE_float("top_p", 1.0, "Of all requests.")
-_TOP_K = flags.DEFINE_integer("top_k", -1, "Of all requests; -1 keeps all.")
 _REPEAT = flags.DEFINE_integer("repeat", 1, "Runs; a line of JSON each.", lower_bound=1)
 _CEILINGS = flags.DEFINE_bool("measure_ceilings", False, "Measure what the device can do, and "
                               "report the floor that follows.")
@@ -50,15 +50,17 @@ _PROFILE_SECS = flags.DEFINE_float("profile_secs", 2.0, "How long it lasts.")
 
 def main() -> None:
   sizes = workload_flags.sizes_of(_WORKLOAD.value)
-  sampling = {"temperature": _TEMPERATURE.value, "top_p": _TOP_P.value, "top_k": _TOP_K.value}
+  sampling = workload_flags.sampling()
+  given = {"workload": _WORKLOAD.value, **sizes, "seed": _SEED.value,
+           **workload_flags.sampling_values()}
   config = command_line.job_config(_CONFIG.value)
   draw = lambda vocab_size: WORKLOADS[_WORKLOAD.value](
-      Draw(vocab_size, _SEED.value, SamplingParams(**sampling)), **sizes)
+      Draw(vocab_size, _SEED.value, sampling), **sizes)
   if _HOST_ONLY.value:
     model_config = load_config(config.model)
     figures = host.run(model_config, draw(model_config.vocab_size), config.engine,
                        chip_of(jax.devices()[0]))
-    print(bench.to_json({"workload": _WORKLOAD.value, **sizes, **dataclasses.asdict(figures)}))
+    print(bench.to_json(given | dataclasses.asdict(figures)))
     return
   configure_jax()
   ceilings = roofline.measure_ceilings(config.model.dtype) if _CEILINGS.value else None
@@ -69,9 +71,7 @@ def main() -> None:
   workload = draw(model.config.vocab_size)
   for number in range(_REPEAT.value):
     line = {"model": (config.model.name or config.model.shape
-                      or os.path.basename(config.model.path)),
-            "workload": _WORKLOAD.value, **sizes, "seed": _SEED.value,
-            **sampling, "load_secs": load_secs}
+                      or os.path.basename(config.model.path)), **given, "load_secs": load_secs}
     directory = _PROFILE.value if number == _REPEAT.value - 1 else None
     tracer = trace.Tracer(directory, _PROFILE_AFTER.value, _PROFILE_SECS.value)
     line |= dataclasses.asdict(bench.run(model, workload, config.engine, ceilings=ceilings,

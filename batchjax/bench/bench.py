@@ -159,11 +159,12 @@ def run(model: Model, workload: Workload, engine: EngineConfig, *, ceilings: Chi
       on_step(time.perf_counter() - windows[0][1])
 
   gc.collect()  # nothing of an earlier run may hold device memory
-  called = time.perf_counter()
   output_tokens = num_completed = 0
   options = {} if traceable else None
+  stop_table = workload.stop_table(model.config.vocab_size)
+  called = time.perf_counter()
   for completion in generate(model, workload.requests, engine, observe=observe,
-                             compiler_options=options):
+                             stop_table=stop_table, compiler_options=options):
     num_completed += 1
     output_tokens += sum(len(choice.token_ids) for choice in completion.choices)
   begin = windows[0][1]

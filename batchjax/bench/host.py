@@ -61,10 +61,11 @@ def run(config: ModelConfig, workload: Workload, engine: EngineConfig, chip: Chi
     raise ConfigError(f"request {requests[index].request_id!r}: {reason}")
   features = SamplingFeatures.of((r.sampling_params for r in requests), config.eos_token_ids)
   max_rows = max(bucket.num_rows for bucket in plan.buckets)
-  table = SamplingTable(max_rows, features, config.eos_token_ids)
+  stop_table = workload.stop_table(config.vocab_size)
+  table = SamplingTable(max_rows, features, config.eos_token_ids, stop_table)
   max_step_tokens = max(bucket.num_tokens for bucket in plan.buckets)
   scheduler = planner.make_scheduler(requests, plan, engine, min(max_rows, engine.max_rows),
-                                     min(max_step_tokens, engine.max_step_tokens), None)
+                                     min(max_step_tokens, engine.max_step_tokens), stop_table)
   in_flight, times = collections.deque(), collections.defaultdict(list)
   while not scheduler.finished:
     start = clock()

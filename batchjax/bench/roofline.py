@@ -17,8 +17,8 @@ from batchjax.plan.cost import Chip, step_cost
 def dispatch_floor_secs(batch: Batch, config: ModelConfig, chip: Chip) -> float:
   """Seconds below which no engine gets with this batch: its roofline, summed over iterations.
 
-  No padding; KV of every segment is read once, and only visible (query, key) pairs count; sliding
-  windows are taken as full attention. Rows of a decode loop leave at their `max_tokens`, whatever
+  No padding; logits of tokens that draw or are scored; KV of every segment is read once, and only
+  visible (query, key) pairs count; sliding windows are taken as full attention. Rows of a decode loop leave at their `max_tokens`, whatever
   stopped them before.
   """
   entries, shared, starts = batch.entries, batch.shared, batch.entries.offsets
@@ -32,6 +32,7 @@ def dispatch_floor_secs(batch: Batch, config: ModelConfig, chip: Chip) -> float:
   left = np.ones(len(kv_len), np.int64)
   if batch.kind == "decode":  # row r is token r
     left = batch.samples.max_tokens - batch.samples.num_generated
+  scored = sum(len(score.next_tokens) for score in batch.prompt_scores)
   secs = 0.0
   for i in range(batch.num_steps):
     runs = left > i
@@ -41,7 +42,7 @@ def dispatch_floor_secs(batch: Batch, config: ModelConfig, chip: Chip) -> float:
     seen = np.clip(positions + 1 + i - entries.kv_start[which], 0, own[which])
     secs += step_cost(
         config, chip, num_tokens=int(before[-1]),
-        num_sampled=int(runs.sum()) if batch.kind == "decode" else batch.num_rows,
+        num_sampled=int(runs.sum()) if batch.kind == "decode" else batch.num_rows + scored,
         kv_read_tokens=int(own[runs].sum() + shared.kv_len[before[end] > before[first]].sum()),
         attn_pairs=int((seen + visible)[tokens].sum())).secs if before[-1] else 0.0
   return secs

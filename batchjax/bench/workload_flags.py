@@ -1,15 +1,21 @@
-"""Flags that name a workload and its sizes, for the programs that run or compile one."""
+"""Flags that name a workload, its sizes and its sampling, for the programs that run or compile one."""
 
 import functools
 
 from absl import flags
 
-from batchjax.bench.workloads import default_sizes, WORKLOADS
+from batchjax.bench.workloads import default_sizes, never_drawn, WORKLOADS
 from batchjax.config import ConfigError
+from batchjax.types import SamplingParams
 
 _DEFINE = {bool: flags.DEFINE_bool,
            int: functools.partial(flags.DEFINE_integer, lower_bound=1),
            float: functools.partial(flags.DEFINE_float, lower_bound=0.0)}
+_SAMPLING = {
+    "temperature": flags.DEFINE_float, "top_p": flags.DEFINE_float, "top_k": flags.DEFINE_integer,
+    "presence_penalty": flags.DEFINE_float, "frequency_penalty": flags.DEFINE_float,
+    "repetition_penalty": flags.DEFINE_float, "logprobs": flags.DEFINE_bool,
+    "top_logprobs": flags.DEFINE_integer, "prompt_logprobs": flags.DEFINE_bool}
 
 
 def define() -> flags.FlagHolder:
@@ -36,3 +42,31 @@ def sizes_of(workload: str) -> dict[str, int | float | bool]:
     raise ConfigError(f"--workload={workload} has no {', '.join(unknown)}; "
                       f"it has {', '.join(sizes)}")
   return sizes | given
+
+
+def define_sampling() -> None:
+  """Defines a flag for each sampling parameter that costs time, and --stop_strings."""
+  default = SamplingParams(temperature=0.0)
+  for name, define_flag in _SAMPLING.items():
+    define_flag(name, getattr(default, name), "Of all requests, as in SamplingParams.")
+  flags.DEFINE_integer("stop_strings", 0, "So many stop strings a request, which never come.",
+                       lower_bound=0)
+
+
+def sampling_values() -> dict[str, int | float | bool]:
+  """The flags of `define_sampling`, by name."""
+  return {name: flags.FLAGS[name].value for name in (*_SAMPLING, "stop_strings")}
+
+
+def sampling() -> SamplingParams:
+  """What these flags say.
+
+  Raises:
+    ConfigError: they do not go together.
+  """
+  values = sampling_values()
+  stop = never_drawn(values.pop("stop_strings"))
+  try:
+    return SamplingParams(**values, stop=stop)
+  except ValueError as e:
+    raise ConfigError(f"--{e}") from e

@@ -13,7 +13,8 @@ import types
 import numpy as np
 
 from batchjax.plan.prefix_tree import build_prefix_tree
-from batchjax.types import Request, SamplingParams
+from batchjax.text.stop import build_stop_table
+from batchjax.types import Request, SamplingParams, StopTable
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,6 +42,16 @@ class Workload:
   def output_tokens(self) -> int:
     """Tokens to generate."""
     return sum(r.sampling_params.max_tokens * r.sampling_params.n for r in self.requests)
+
+  def stop_table(self, vocab_size: int) -> StopTable | None:
+    """Automata of the requests' stop strings, where token i reads as the number i; None without any."""
+    stops = {r.sampling_params.stop for r in self.requests} - {()}
+    return build_stop_table(stops, [b"%d " % i for i in range(vocab_size)]) if stops else None
+
+
+def never_drawn(num_strings: int) -> tuple[str, ...]:
+  """Stop strings that no numbers hold, though every one begins like numbers do."""
+  return tuple(f"{i} .." for i in range(num_strings))
 
 
 class Draw:

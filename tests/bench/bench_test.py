@@ -22,7 +22,7 @@ from batchjax.plan.buckets import Bucket
 from batchjax.plan.cost import CHIPS
 from batchjax.plan.scheduler import SchedulerStats
 from batchjax.plan.simulate import simulate
-from batchjax.types import Choice, Completion
+from batchjax.types import Choice, Completion, SamplingParams
 from batchjax.weights import load_config, Model
 
 ROOT = pathlib.Path(__file__).parents[2]
@@ -95,6 +95,21 @@ def test_floor_of_two_levels_and_of_samples_is_exact():
       flops(48 + 6 * 5, 36, 2 * triangle(0, 24) + 6 * triangle(24, 29)), rel=1e-12)
 
 
+def test_floor_counts_the_logits_of_scored_prompts():
+  scored = SamplingParams(temperature=0.0, prompt_logprobs=True)
+  workload = prefix_groups(Draw(VOCAB, sampling=scored), num_requests=6, prefix_len=30, share_degree=3,
+                           distinct_len=7, output_len=1)
+  # Every prompt token but the first has a log-probability, and every prompt's last token draws; the
+  # last token of a prefix scores the next one of each request, on its own entry again.
+  floors = batches(workload)
+  num_scored = sum(len(s.next_tokens) for batch, _ in floors for s in batch.prompt_scores)
+  assert num_scored == 2 * 29 + 6 * 7
+  requeried = sum(int(batch.entries.num_requeried.sum()) for batch, _ in floors)
+  tokens, pairs = 2 * 30 + 6 * 7, 2 * triangle(0, 30) + 6 * triangle(30, 37)
+  assert sum(f[0] for _, f in floors) == pytest.approx(
+      flops(tokens + requeried, num_scored + 6, pairs + 30 * requeried), rel=1e-12)
+
+
 def test_floor_reads_shared_kv_once_per_step():
   shared = prefix_groups(Draw(VOCAB), num_requests=4, prefix_len=64, share_degree=4,
                          distinct_len=8, output_len=5)
@@ -141,7 +156,7 @@ def made_up_run(workload, tokens_per_row):
     return StepEvent(batch, Bucket(kind, bucket_tokens, 8, 8, 400),
                      SchedulerStats(pages, 0, 0, 0, preempted), drawn, 0.25 * secs, secs, 0.5 * secs)
 
-  def generate(model, requests, engine, *, observe, compiler_options):
+  def generate(model, requests, engine, *, observe, stop_table, compiler_options):
     observe(CompileRecord("mixed 64", read_secs=3.0, cached=True))
     observe(CompileRecord("decode 8", lower_secs=1.5, compile_secs=4.0))
     observe(StartEvent(1.0, 5.0, 0.5))
@@ -266,6 +281,27 @@ def test_script_times_the_host_alone(bench_script):
   assert run.returncode == 0, run.stderr
   got = json.loads(run.stdout)
   assert got["plan_secs"] > 0 and got["num_requests"] == 12 and got["dispatches"]["decode"]["count"]
+
+
+SAMPLING = dict(temperature=0.7, top_p=0.9, top_k=40, presence_penalty=0.5, frequency_penalty=0.25,
+                repetition_penalty=1.1, logprobs=True, top_logprobs=3, prompt_logprobs=True,
+                stop_strings=2)
+
+
+@pytest.mark.parametrize("host_only", [False, True])
+def test_script_times_sampling_features(bench_script, host_only):
+  run = bench_script("--workload=random", "--num_requests=4", "--prompt_len=20", "--output_len=9",
+                     *(f"--{name}={str(value).lower()}" for name, value in SAMPLING.items()),
+                     *["--host_only"] * host_only)
+  assert run.returncode == 0, run.stderr
+  got = json.loads(run.stdout)
+  assert SAMPLING.items() <= got.items() and got["num_requests"] == 4
+
+
+def test_script_explains_sampling_that_does_not_go_together(bench_script):
+  run = bench_script("--workload=random", "--top_logprobs=5")
+  assert run.returncode == 2
+  assert "--top_logprobs must be 0 unless logprobs or prompt_logprobs is true" in run.stderr
 
 
 def test_script_refuses_flags_of_other_workloads(bench_script):

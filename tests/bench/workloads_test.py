@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 
-from batchjax.bench.workloads import (default_sizes, Draw, mixed_lengths, multi_level, prefix_groups,
-                                WORKLOADS)
+from batchjax.bench.workloads import (default_sizes, Draw, mixed_lengths, multi_level, never_drawn,
+                                      prefix_groups, WORKLOADS)
 from batchjax.bench.workloads import random as random_workload
 from batchjax.bench.workloads import samples
 from batchjax.plan.prefix_tree import build_prefix_tree
@@ -114,6 +114,17 @@ def test_mixed_lengths_stay_in_bounds():
   workload = mixed_lengths(Draw(256), num_requests=200, prompt_len=4, output_len=2, sigma=4.0)
   lens = [len(r.prompt_token_ids) for r in workload.requests]
   assert (min(lens), max(lens)) == (1, 32)
+
+
+def test_stop_strings_are_followed_and_never_drawn():
+  stop = never_drawn(3)
+  workload = random_workload(Draw(50, sampling=SamplingParams(stop=stop)), **SMALL["random"])
+  table = workload.stop_table(50)
+  assert {r.sampling_params.stop for r in workload.requests} == {stop} == set(table.automaton)
+  assert table.transitions.shape[1] == 50
+  assert table.transitions.max() > 0, "numbers begin strings"
+  assert table.transitions.min() == 0, "and complete none"
+  assert random_workload(Draw(50), **SMALL["random"]).stop_table(50) is None
 
 
 def test_multi_level():
