@@ -8,10 +8,8 @@ import numpy as np
 
 from batchjax.config import EngineConfig
 from batchjax.generation import generate
-from batchjax.types import NOT_FINITE, Request, SamplingParams
+from batchjax.types import NOT_FINITE, Request, SCORING
 from batchjax.weights import Model, WeightError
-
-_PARAMS = SamplingParams(temperature=0.0, max_tokens=0, prompt_logprobs=True, top_logprobs=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +73,8 @@ def score(model: Model, requests: Iterable[ScoreRequest],
           raise ValueError(f"request {request.request_id!r}: {name} is empty")
       pending[request.request_id] = request
       tokens = np.concatenate([request.prompt_token_ids, request.continuation_token_ids])
-      yield Request(request.request_id, tokens.astype(np.int32), _PARAMS)
+      yield Request(request.request_id, tokens.astype(np.int32), dataclasses.replace(
+          SCORING, prompt_logprobs_start=len(request.prompt_token_ids)))
 
   for completion in generate(model, as_requests(), engine, **options):
     request = pending.pop(completion.request_id)

@@ -160,13 +160,18 @@ def token_logprobs(logits: Float[Array, "R V"], tokens: Int[Array, "R"], num_top
     first among equals; both None if `num_top` is 0.
   """
   logits = logits.astype(jnp.float32)
-  highest = functools.reduce(jnp.maximum, map(_finite, draw_lib.columns(logits))).max(axis=1)
+  if num_top == 1:  # the pass that finds the largest finds its place as well
+    best, highest = _argmax(logits)
+  else:
+    highest = functools.reduce(jnp.maximum, map(_finite, draw_lib.columns(logits))).max(axis=1)
   total = draw_lib.Weights(logits, highest, jnp.ones_like(highest)).mass(jnp.full_like(highest, -jnp.inf))
   log_normalizer = jnp.where(_is_finite(highest), highest + jnp.log(total), jnp.nan)
   chosen = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[:, None], axis=1)[:, 0]
   chosen = jnp.where(tokens < 0, jnp.nan, _finite(chosen) - log_normalizer)
   if not num_top:
     return chosen, None, None
+  if num_top == 1:
+    return chosen, best[:, None], (highest - log_normalizer)[:, None]
   top_logits, top_ids = draw_lib.largest(logits, num_top)
   return chosen, top_ids, _finite(top_logits) - log_normalizer[:, None]
 
@@ -176,7 +181,8 @@ def prompt_logprobs(hidden: Float[Array, "T D"], next_tokens: Int[Array, "T"],
                     ) -> tuple[Float[Array, "T"], Array | None, Array | None]:
   """`token_logprobs` of each token's successor, `block_len` tokens at a time.
 
-  Blocks run one after the other, so logits of only one are ever held.
+  Only tokens with a successor cost anything: they are brought together, and as many blocks run, one
+  after the other, as they fill. So logits of one block are held, and no more.
 
   Args:
     hidden: the final hidden states.
@@ -184,13 +190,20 @@ def prompt_logprobs(hidden: Float[Array, "T D"], next_tokens: Int[Array, "T"],
     logits_fn: maps f[n, D] to f[n, V].
   """
   num_tokens = len(next_tokens)
-  num_blocks = -(-num_tokens // block_len)
-  padding = num_blocks * block_len - num_tokens
-  hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(num_blocks, block_len, -1)
-  next_tokens = jnp.pad(next_tokens, (0, padding), constant_values=-1).reshape(num_blocks, -1)
-  out = lax.map(lambda block: token_logprobs(logits_fn(block[0]), block[1], num_top),
-                (hidden, next_tokens))
-  return jax.tree.map(lambda x: x.reshape(num_blocks * block_len, *x.shape[2:])[:num_tokens], out)
+  block_len = min(block_len, num_tokens)
+  is_scored = next_tokens >= 0
+  # Filled up to whole blocks with places past the end, whose results are dropped.
+  places, = jnp.nonzero(is_scored, size=-(-num_tokens // block_len) * block_len, fill_value=num_tokens)
+
+  def score(i, out):
+    here = lax.dynamic_slice(places, (i * block_len,), (block_len,))
+    scores = token_logprobs(logits_fn(jnp.take(hidden, here, axis=0, mode="clip")),
+                            jnp.take(next_tokens, here, mode="clip"), num_top)
+    return jax.tree.map(lambda old, new: old.at[here].set(new, mode="drop"), out, scores)
+
+  full = lambda value, *width: jnp.full((num_tokens, *width), value)
+  empty = (full(jnp.nan), *(full(null, num_top) if num_top else None for null in (-1, jnp.nan)))
+  return lax.fori_loop(0, (is_scored.sum() + block_len - 1) // block_len, score, empty)
 
 
 def _drop_null(indices: Array, size: int) -> Array:
