@@ -51,6 +51,8 @@ def score(model: Model, requests: Iterable[ScoreRequest],
           engine: EngineConfig = EngineConfig(), **options: Any) -> Iterator[Score]:
   """Scores continuations; prompts that share a prefix share its computation.
 
+  Of the prompts themselves no logits are computed.
+
   Args:
     model: configuration and parameters.
     requests: what to score.
@@ -70,7 +72,8 @@ def score(model: Model, requests: Iterable[ScoreRequest],
     for request in requests:
       for name in ("prompt_token_ids", "continuation_token_ids"):
         if not len(getattr(request, name)):
-          raise ValueError(f"request {request.request_id!r}: {name} is empty")
+          raise ValueError(f"request {request.request_id!r}: {name} is empty: give it at least one "
+                           "token; what begins a text can stand behind the model's BOS or end token")
       pending[request.request_id] = request
       tokens = np.concatenate([request.prompt_token_ids, request.continuation_token_ids])
       yield Request(request.request_id, tokens.astype(np.int32), dataclasses.replace(
