@@ -14,7 +14,7 @@ import pytest
 
 from batchjax import report
 from batchjax.config import ModelSource
-from batchjax.io import records
+from batchjax.io import output, records
 from batchjax.jobs.plan import plan_file
 from batchjax.jobs.prepare import BadRow
 from batchjax.jobs.run import run
@@ -149,9 +149,7 @@ def test_scores_depend_on_no_engine_setting(tmp_path, scored, engine):
 
 
 def test_a_stopped_job_goes_on_with_the_same_bytes(tmp_path, cache, scored, monkeypatch):
-  """Stopped when the first row is kept, with requests of others in flight."""
-  from batchjax.io import output
-
+  """Stopped when the first rows are kept, with requests of others in flight."""
   real = output.format_answer
 
   def fail_at_the_third(*args, **kwargs):
