@@ -8,10 +8,8 @@ import numpy as np
 
 from batchjax.config import EngineConfig
 from batchjax.generation import generate
-from batchjax.types import NOT_FINITE, Request, SamplingParams
+from batchjax.types import NOT_FINITE, Request, SCORING
 from batchjax.weights import Model, WeightError
-
-_PARAMS = SamplingParams(temperature=0.0, max_tokens=0, prompt_logprobs=True, top_logprobs=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,6 +57,8 @@ def score(model: Model, requests: Iterable[ScoreRequest],
           engine: EngineConfig = EngineConfig(), **options: Any) -> Iterator[Score]:
   """Scores continuations; prompts that share a prefix share its computation.
 
+  Of the prompts themselves no logits are computed.
+
   Args:
     model: configuration and parameters.
     requests: what to score.
@@ -83,10 +83,12 @@ def score(model: Model, requests: Iterable[ScoreRequest],
     for request in requests:
       for name in ("prompt_token_ids", "continuation_token_ids"):
         if not len(getattr(request, name)):
-          raise ValueError(f"request {request.request_id!r}: {name} is empty")
+          raise ValueError(f"request {request.request_id!r}: {name} is empty: give it at least one "
+                           "token; what begins a text can stand behind the model's BOS or end token")
       pending[request.request_id] = request
       tokens = np.concatenate([request.prompt_token_ids, request.continuation_token_ids])
-      yield Request(request.request_id, tokens.astype(np.int32), _PARAMS)
+      yield Request(request.request_id, tokens.astype(np.int32), dataclasses.replace(
+          SCORING, prompt_logprobs_start=len(request.prompt_token_ids)))
 
   for completion in generate(model, as_requests(), engine, **options):
     request = pending.pop(completion.request_id)

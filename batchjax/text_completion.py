@@ -167,9 +167,10 @@ def complete(loaded: tuple[Model, Tokenizer], prompts: Any, *, seed: int = 0,
   config = JobConfig(_LOADED, engine, chat_template=chat_template, seed=seed)
   records = (Record(i, i + 1, _row(prompt, fields)) for i, prompt in enumerate(_each(prompts)))
   requests, echoed = [], []
-  for row, token_ids in prepare_rows(records, config, model.config, tokenizer):
-    if isinstance(row, RowError):
-      raise ConfigError(f"prompts[{row.index}]: {row.message}")
+  for prepared in prepare_rows(records, config, model.config, tokenizer):
+    if isinstance(prepared, RowError):
+      raise ConfigError(f"prompts[{prepared.index}]: {prepared.message}")
+    (row, token_ids), = prepared
     requests.append(Request(row.request_id, token_ids, row.sampling_params))
     echoed.append(token_ids.tolist() if row.echo else [])
   completions = generate(model, requests, engine, tokenizer=tokenizer)

@@ -47,6 +47,8 @@ class SamplingParams:
     logprobs: return the log-probability of each generated token.
     top_logprobs: also return this many most likely alternatives per token.
     prompt_logprobs: also return them for the prompt ("echo").
+    prompt_logprobs_start: of the prompt's tokens from this one on; the logits of those before are not
+      computed. The first token has none in any case.
 
   >>> params = batchjax.SamplingParams(top_p=0.9, n=4, max_tokens=64, stop=("\\n\\n",))
   >>> batchjax.SamplingParams(top_p=2)
@@ -73,6 +75,7 @@ class SamplingParams:
   logprobs: bool = False
   top_logprobs: int = 0
   prompt_logprobs: bool = False
+  prompt_logprobs_start: int = 0
 
   def __post_init__(self):
     """Raises ValueError, its message begins with the field's name, for a wrong type or range."""
@@ -130,6 +133,12 @@ class SamplingParams:
     check("top_logprobs", is_int(self.top_logprobs, 0), "an integer of at least 0")
     check("top_logprobs", not self.top_logprobs or self.logprobs or self.prompt_logprobs,
           "0 unless logprobs or prompt_logprobs is true")
+    check("prompt_logprobs_start", is_int(self.prompt_logprobs_start, 0), "an integer of at least 0")
+
+
+# Nothing is drawn: a prompt's log-probabilities, and the most likely token in each place.
+SCORING = SamplingParams(temperature=0.0, max_tokens=0, ignore_eos=True, prompt_logprobs=True,
+                         top_logprobs=1)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -211,8 +220,8 @@ class Completion:
     choices: its n samples in order of their index.
     num_prompt_tokens: length of the prompt.
     num_cached_tokens: prompt tokens whose KV another request had computed.
-    prompt_logprobs: f32[prompt_len], the first one NaN (nothing precedes it),
-      or None when not asked for.
+    prompt_logprobs: f32[prompt_len], the first one NaN (nothing precedes it), and those before
+      `prompt_logprobs_start`; or None when not asked for.
     prompt_top_token_ids: i32[prompt_len, top_logprobs], or None.
     prompt_top_logprobs: f32[prompt_len, top_logprobs], or None.
 

@@ -32,6 +32,7 @@ _INPUT = flags.DEFINE_string("input", None, "Requests: .jsonl, .jsonl.gz or .par
 _OUTPUT = flags.DEFINE_string("output", None, "As for run.py; only checked.")
 _STRICT = flags.DEFINE_bool("strict", False, "As for run.py: stop at the first bad row.")
 _CHIP = flags.DEFINE_enum("chip", "cpu", sorted(CHIPS), "Whose roofline to predict with.")
+_SCORES = flags.DEFINE_bool("scores", False, "The rows are to score, as for score.py.")
 _JSON = flags.DEFINE_bool("json", False, "Print one JSON object instead of text.")
 
 
@@ -39,7 +40,8 @@ def main() -> None:
   config = command_line.job_config(_CONFIG.value, **({"strict": True} if _STRICT.value else {}))
   files.check_paths(_INPUT.value, {"output": _OUTPUT.value} if _OUTPUT.value else {})
   with tempfile.TemporaryDirectory() as directory:
-    plan = plan_file(config, _INPUT.value, pathlib.Path(directory), CHIPS[_CHIP.value])
+    plan = plan_file(config, _INPUT.value, pathlib.Path(directory), CHIPS[_CHIP.value],
+                     scores=_SCORES.value)
   print(json.dumps(plan, indent=1) if _JSON.value else to_text(plan))
 
 

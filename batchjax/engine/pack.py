@@ -132,7 +132,7 @@ def _next_tokens(batch: Batch, bucket: Bucket) -> np.ndarray:
   next_tokens = np.full(bucket.num_tokens, -1, np.int32)
   offsets = batch.entries.offsets
   for score in batch.prompt_scores:
-    first = offsets[score.entry]
+    first = offsets[score.entry] + score.skipped
     next_tokens[first:first + len(score.next_tokens)] = score.next_tokens
   return next_tokens
 

@@ -162,6 +162,8 @@ def token_logprobs(logits: Float[Array, "R V"], tokens: Int[Array, "R"], num_top
   chosen = jnp.where(tokens < 0, jnp.nan, draw_lib.finite(chosen) - log_normalizer)
   if not num_top:
     return chosen, None, None
+  if num_top == 1:
+    return chosen, _argmax(logits)[0][:, None], (highest - log_normalizer)[:, None]
   top_logits, top_ids = draw_lib.largest(logits, num_top)
   return chosen, top_ids, draw_lib.finite(top_logits) - log_normalizer[:, None]
 
@@ -171,7 +173,8 @@ def prompt_logprobs(hidden: Float[Array, "T D"], next_tokens: Int[Array, "T"],
                     ) -> tuple[Float[Array, "T"], Array | None, Array | None]:
   """`token_logprobs` of each token's successor, `block_len` tokens at a time.
 
-  Blocks run one after the other, so logits of only one are ever held.
+  Only tokens with a successor cost anything: they are brought together, and as many blocks run, one
+  after the other, as they fill. So logits of one block are held, and no more.
 
   Args:
     hidden: the final hidden states.
@@ -179,13 +182,20 @@ def prompt_logprobs(hidden: Float[Array, "T D"], next_tokens: Int[Array, "T"],
     logits_fn: maps f[n, D] to f[n, V].
   """
   num_tokens = len(next_tokens)
-  num_blocks = -(-num_tokens // block_len)
-  padding = num_blocks * block_len - num_tokens
-  hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(num_blocks, block_len, -1)
-  next_tokens = jnp.pad(next_tokens, (0, padding), constant_values=-1).reshape(num_blocks, -1)
-  out = lax.map(lambda block: token_logprobs(logits_fn(block[0]), block[1], num_top),
-                (hidden, next_tokens))
-  return jax.tree.map(lambda x: x.reshape(num_blocks * block_len, *x.shape[2:])[:num_tokens], out)
+  block_len = min(block_len, num_tokens)
+  is_scored = next_tokens >= 0
+  # Filled up to whole blocks with places past the end, whose results are dropped.
+  places, = jnp.nonzero(is_scored, size=-(-num_tokens // block_len) * block_len, fill_value=num_tokens)
+
+  def score(i, out):
+    here = lax.dynamic_slice(places, (i * block_len,), (block_len,))
+    scores = token_logprobs(logits_fn(jnp.take(hidden, here, axis=0, mode="clip")),
+                            jnp.take(next_tokens, here, mode="clip"), num_top)
+    return jax.tree.map(lambda old, new: old.at[here].set(new, mode="drop"), out, scores)
+
+  full = lambda value, *width: jnp.full((num_tokens, *width), value)
+  empty = (full(jnp.nan), *(full(null, num_top) if num_top else None for null in (-1, jnp.nan)))
+  return lax.fori_loop(0, (is_scored.sum() + block_len - 1) // block_len, score, empty)
 
 
 def _drop_null(indices: Array, size: int) -> Array:

@@ -12,8 +12,9 @@ from batchjax.engine import sampling
 from batchjax.engine.sampling_inputs import SamplingFeatures
 from batchjax.types import StepInputs, StepOutputs
 
-# Prompt log-probabilities hold the logits of this many tokens at a time.
-_LOGITS_BLOCK = 128
+# Prompt log-probabilities hold the logits of this many tokens at a time: so many that reading the
+# unembedding for each block hides behind the products.
+_LOGITS_BLOCK = 512
 
 
 @flax.struct.dataclass

@@ -9,7 +9,7 @@ from typing import Any, Literal, NoReturn
 from batchjax.config import RowLimits
 from batchjax.types import SamplingParams
 
-Form = Literal["chat", "completions", "plain"]
+Form = Literal["chat", "completions", "plain", "score", "choices", "document"]
 
 _INTEGERS = {"top_k", "n", "max_tokens", "max_completion_tokens", "min_tokens", "seed",
              "top_logprobs"}
@@ -26,6 +26,8 @@ FIELDS: dict[Form, set[str]] = {
     "completions": _COMMON | {"prompt", "echo"},
     "plain": _COMMON | _CHAT | {"id", "prompt", "prompt_token_ids", "echo", "top_logprobs",
                                 "prompt_logprobs"},
+    "score": _IGNORED | _CHAT | {"id", "model", "prompt", "prompt_token_ids", "text", "continuation",
+                                 "continuations", "continuation_token_ids"},
 }
 _OTHER_URL = {"chat": "/v1/completions", "completions": "/v1/chat/completions"}
 # Fields of the OpenAI API that change what a completion is, so that none may be dropped in silence.
@@ -107,7 +109,8 @@ def check_names(fields: dict[str, Any], form: Form) -> None:
     near = difflib.get_close_matches(name, sorted(FIELDS[form]))
     remedy = f"did you mean {' or '.join(near)}?" if near else (
         "remove it, or move it into metadata, which is ignored")
-    where = "this row" if form == "plain" else f"the body of a {form} request"
+    where = {"plain": "this row", "score": "a row to score"}.get(
+        form, f"the body of a {form} request")
     raise InvalidField(name, f"{name} is not a field of {where}: {remedy}", "unknown_field")
   if fields.get("stream", False) is not False:
     raise InvalidField("stream", "stream must be false or left out: a batch job writes whole "

@@ -211,8 +211,15 @@ def _write_lines(f: io.BufferedIOBase, rows: Iterable[dict[str, Any]]) -> None:
     f.write(dump(row).encode("utf-8") + b"\n")
 
 
+def _form(row: dict[str, Any]) -> str:
+  """The entry of `schemas.output_schema` that holds an output row."""
+  if "custom_id" in row:
+    return "batch"
+  return "score" if "token_logprobs" in row.get("choices", [row])[0] else "plain"
+
+
 def _write_parquet(f: BinaryIO, rows: Iterable[dict[str, Any]]) -> None:
-  forms = {"batch" if "custom_id" in row else "plain" for row in rows}
+  forms = {_form(row) for row in rows}
   schema = schemas.output_schema(forms or {"batch"})
   with pq.ParquetWriter(f, schema, compression="zstd") as writer:
     remaining = iter(rows)

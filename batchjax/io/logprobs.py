@@ -28,13 +28,14 @@ def of_choice(choice: Choice) -> list[TokenScore] | None:
 
 
 def of_prompt(request: Request, completion: Completion) -> list[TokenScore] | None:
-  """The scores of the prompt's tokens, or None; nothing precedes the first, so it has none."""
+  """The scores of the prompt's tokens, or None; the first, and those not asked for, have none."""
   if completion.prompt_logprobs is None:
     return None
-  first = TokenScore(int(request.prompt_token_ids[0]), None, [])
+  start = max(1, request.sampling_params.prompt_logprobs_start)
+  before = [TokenScore(token, None, []) for token in request.prompt_token_ids[:start].tolist()]
   tops = completion.prompt_top_token_ids, completion.prompt_top_logprobs
-  return [first] + _scores(request.prompt_token_ids[1:], completion.prompt_logprobs[1:],
-                           *(None if top is None else top[1:] for top in tops))
+  return before + _scores(request.prompt_token_ids[start:], completion.prompt_logprobs[start:],
+                          *(None if top is None else top[start:] for top in tops))
 
 
 def _scores(token_ids: np.ndarray, logprobs: np.ndarray, top_ids: np.ndarray | None,

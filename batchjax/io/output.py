@@ -10,10 +10,20 @@ import hashlib
 from typing import Any
 
 from batchjax.io import logprobs
+from batchjax.io import scores as scores_lib
 from batchjax.io.records import RowError
 from batchjax.io.store import StoredRow
 from batchjax.text.tokenizer import Tokenizer
 from batchjax.types import NOT_FINITE, Choice, Completion
+
+
+def format_answer(answers: Sequence[tuple[StoredRow, Completion]], *, tokenizer: Tokenizer,
+                  job_id: str) -> dict[str, Any]:
+  """The output object of a row; `answers` are its requests, one unless several texts are scored."""
+  row, completion = answers[0]
+  if row.form in ("score", "choices", "document"):
+    return scores_lib.format_scores(answers)
+  return format_completion(row, completion, tokenizer=tokenizer, job_id=job_id)
 
 
 def format_completion(row: StoredRow, completion: Completion, *, tokenizer: Tokenizer,
@@ -40,7 +50,7 @@ def completion_error(row: StoredRow, completion: Completion) -> RowError | None:
   """Why a completion is no answer; None where it is one."""
   if all(choice.finish_reason != "error" for choice in completion.choices):
     return None
-  return RowError(row.index, row.row, row.request.request_id, "", NOT_FINITE, "model_error")
+  return RowError(row.index, row.row, scores_lib.row_id(row), "", NOT_FINITE, "model_error")
 
 
 def format_error(error: RowError, *, job_id: str) -> dict[str, Any]:

@@ -27,6 +27,9 @@ _PLAIN_LOGPROBS = pa.list_(pa.struct(
 _PLAIN_CHOICE = {"text": _TEXT, "finish_reason": _TEXT, "token_ids": _TOKENS,
                  "logprobs": _PLAIN_LOGPROBS}
 
+_SCORE = {"logprob": _FLOAT, "num_tokens": _INT, "is_greedy": pa.bool_(), "token_ids": _TOKENS,
+          "token_logprobs": pa.list_(_FLOAT)}
+
 _OUTPUT_COLUMNS = {
     "plain": {
         "id": _TEXT, **_PLAIN_CHOICE,
@@ -36,6 +39,9 @@ _OUTPUT_COLUMNS = {
         "id": _TEXT, "custom_id": _TEXT,
         "response": pa.struct({"status_code": _INT, "request_id": _TEXT, "body": _BODY}),
         "error": _ERROR},
+    "score": {
+        "id": _TEXT, **_SCORE, "perplexity": _FLOAT,
+        "choices": pa.list_(pa.struct({"index": _INT} | _SCORE))},
 }
 
 REQUEST_SCHEMA = pa.schema({
@@ -45,7 +51,7 @@ REQUEST_SCHEMA = pa.schema({
 
 
 def output_schema(forms: set[str]) -> pa.Schema:
-  """The columns of an output file that holds rows of these forms ("plain", "batch")."""
+  """The columns of an output file that holds rows of these forms ("plain", "batch", "score")."""
   columns = {}
   for form in sorted(forms):
     columns |= _OUTPUT_COLUMNS[form]

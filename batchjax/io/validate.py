@@ -13,7 +13,7 @@ from batchjax.io import prompts
 from batchjax.io.fields import Form, InvalidField
 from batchjax.io.records import Record, RowError
 from batchjax.plan.requests import find_problem
-from batchjax.types import SamplingParams
+from batchjax.types import SamplingParams, SCORING
 
 _URLS: dict[str, Form] = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
 _ENVELOPE = {"custom_id", "method", "url", "body"}
@@ -28,7 +28,8 @@ class Row:
     row: 1-based row for messages.
     request_id: `custom_id` or `id`, else "row-<row>".
     form: what the row was and its output will be: "chat" and "completions" are
-      OpenAI batch lines, "plain" has its fields at the top level.
+      OpenAI batch lines, "plain" has its fields at the top level; so have rows to score, which are
+      "score" with one continuation, "choices" with a list of them, and "document" with a text.
     prompt: text, chat messages, or token ids.
     sampling_params: complete, defaults filled in.
     is_default_len: `max_tokens` is the job's default, which the room in the context may cut.
@@ -37,6 +38,7 @@ class Row:
     return_token_ids: the output has the token ids too.
     tools: function descriptions for the chat template, or None.
     chat_template_kwargs: further variables of the chat template.
+    continuations: to score behind the prompt: texts or i32[len] each; () is a row to complete.
   """
 
   index: int
@@ -51,10 +53,11 @@ class Row:
   return_token_ids: bool = False
   tools: list[dict[str, Any]] | None = None
   chat_template_kwargs: dict[str, Any] = dataclasses.field(default_factory=dict)
+  continuations: tuple[str, ...] | tuple[np.ndarray, ...] = ()
 
 
 def parse(record: Record, *, defaults: SamplingParams, model_name: str, job_seed: int,
-          limits: RowLimits = RowLimits()) -> Row | RowError:
+          limits: RowLimits = RowLimits(), scores: bool = False) -> Row | RowError:
   """Checks everything about a row that needs no tokenizer; the first error counts.
 
   Two forms: the line of an OpenAI batch file (`custom_id`, `method`, `url`,
@@ -69,17 +72,25 @@ def parse(record: Record, *, defaults: SamplingParams, model_name: str, job_seed
     model_name: what `model` must say where a row has it; "" accepts any name.
     job_seed: hashed with the request id into the seed of a row without one.
     limits: what the row may ask for.
+    scores: rows are scored: `id`, a prompt as in the plain form and one of `continuation`, `continuations`
+      and `continuation_token_ids`, or `text` alone.
   """
   if isinstance(record.value, RowError):
     return record.value
   value = {name: item for name, item in record.value.items() if item is not None}
   request_id = None
   try:
-    is_batch = bool(_ENVELOPE & set(value))
+    is_batch = not scores and bool(_ENVELOPE & set(value))
     request_id = _request_id(value, "custom_id" if is_batch else "id", record.row, limits)
-    form, fields = _envelope(value) if is_batch else ("plain", value)
+    form, fields = _envelope(value) if is_batch else ("score" if scores else "plain", value)
     fields_lib.check_sizes(fields, limits)
     fields_lib.check_names(fields, form)
+    if scores:
+      form, prompt, continuations = prompts.scored(fields, limits)
+      return Row(record.index, record.row, request_id, form, prompt, SCORING,
+                 model=_model(fields, model_name), tools=prompts.tools(fields),
+                 chat_template_kwargs=prompts.chat_template_kwargs(fields),
+                 continuations=continuations)
     return Row(
         index=record.index,
         row=record.row,
@@ -117,6 +128,11 @@ def check_prompt(row: Row, token_ids: np.ndarray | Sequence[int], vocab_size: in
     max_len: most tokens of prompt and completion together.
   """
   found = find_problem(token_ids, row.sampling_params, vocab_size, max_len)
+  if found and row.continuations:
+    is_text = row.form == "document"
+    what = "the text has" if is_text else "prompt and continuation have"
+    found = found._replace(field="text" if is_text and found.field == "prompt" else found.field,
+                           message=found.message.replace("the prompt has", what, 1))
   return found and RowError(row.index, row.row, row.request_id, *found)
 
 
@@ -132,7 +148,7 @@ class DuplicateIds:
     if digest not in self._seen:
       self._seen.add(digest)
       return None
-    field = "id" if row.form == "plain" else "custom_id"
+    field = "custom_id" if row.form in _URLS.values() else "id"
     return RowError(row.index, row.row, row.request_id, field,
                     f"{field} {row.request_id!r} is used by an earlier row: make it unique",
                     "duplicate_id")

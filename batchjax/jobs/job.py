@@ -38,14 +38,16 @@ class Finished:
     num_outputs: rows of the output file.
     num_errors: rows of the error file.
     was_finished: both files were there already, and nothing was done.
+    unit: what a row of the output is called.
   """
 
   num_outputs: int
   num_errors: int
   was_finished: bool
+  unit: str = "completions"
 
   def __str__(self) -> str:
-    counts = f"{self.num_outputs} completions, {self.num_errors} errors"
+    counts = f"{self.num_outputs} {self.unit}, {self.num_errors} errors"
     return f"already finished: {counts}; nothing to do" if self.was_finished else counts
 
 

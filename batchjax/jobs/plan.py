@@ -17,7 +17,7 @@ from batchjax.report.terminal import printable
 
 
 def plan_file(config: JobConfig, input_path: str, directory: pathlib.Path, chip: Chip,
-              loaders: Loaders = Loaders()) -> dict[str, Any]:
+              loaders: Loaders = Loaders(), scores: bool = False) -> dict[str, Any]:
   """Validates, tokenizes and plans a file; JSON values.
 
   Args:
@@ -26,10 +26,11 @@ def plan_file(config: JobConfig, input_path: str, directory: pathlib.Path, chip:
     directory: for the tokenized requests.
     chip: whose roofline predicts the seconds.
     loaders: how configuration and tokenizer are loaded.
+    scores: rows are scored.
   """
   start = time.perf_counter()
   model, tokenizer = loaders.read(config.model)
-  prepared = prepare(input_path, directory / "requests.arrow", config, model, tokenizer)
+  prepared = prepare(input_path, directory / "requests.arrow", config, model, tokenizer, scores)
   prepared_secs = time.perf_counter() - start
   device_bytes = None if chip.name == "cpu" else int(memory.DEVICE_SHARE * chip.hbm_bytes)
   windows, engine = [], memory.settle(model, config.engine, chip, device_bytes)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterable, Iterator
 import dataclasses
 import functools
+import itertools
 import pathlib
 from typing import Any, NamedTuple, TypeVar
 
@@ -10,7 +11,7 @@ import numpy as np
 
 from batchjax.cache.page_table import pages_for
 from batchjax.config import ConfigError, JobConfig, ModelConfig
-from batchjax.io import records, validate
+from batchjax.io import records, scores as scores_lib, validate
 from batchjax.io.fields import InvalidField, one_line
 from batchjax.io.records import Record, RowError
 from batchjax.io.store import RequestReader, RequestWriter
@@ -44,7 +45,7 @@ class Prepared:
 
 
 def prepare(input_path: str, store_path: pathlib.Path, config: JobConfig, model: ModelConfig,
-            tokenizer: Tokenizer) -> Prepared:
+            tokenizer: Tokenizer, scores: bool = False) -> Prepared:
   """Reads, validates and tokenizes every row once; good ones go to `store_path`.
 
   Args:
@@ -53,6 +54,7 @@ def prepare(input_path: str, store_path: pathlib.Path, config: JobConfig, model:
     config: defaults of sampling, name of the model, sizes that a row must fit.
     model: vocabulary and context of the model.
     tokenizer: of the model.
+    scores: rows are scored (`validate.parse`); each continuation of a row is a request.
 
   Raises:
     InputError: the file cannot be read at all.
@@ -62,50 +64,59 @@ def prepare(input_path: str, store_path: pathlib.Path, config: JobConfig, model:
   errors, num_rows = [], 0
   source = records.read(input_path, config.limits.max_line_bytes)
   with RequestWriter(store_path) as store:
-    for row, token_ids in prepare_rows(source, config, model, tokenizer):
+    for requests in prepare_rows(source, config, model, tokenizer, scores):
       num_rows += 1
-      if not isinstance(row, RowError):
-        store.append(row, token_ids)
+      if not isinstance(requests, RowError):
+        for request in requests:
+          store.append(*request)
       elif config.strict:
-        raise BadRow(str(row))
+        raise BadRow(str(requests))
       else:
-        errors.append(row)
+        errors.append(requests)
   return Prepared(num_rows, tuple(errors))
 
 
-def prepare_rows(source: Iterable[Record], config: JobConfig, model: ModelConfig,
-                 tokenizer: Tokenizer) -> Iterator[tuple[validate.Row | RowError, np.ndarray]]:
-  """Each row validated, with its token ids, or its error with none; in order.
+def prepare_rows(source: Iterable[Record], config: JobConfig, model: ModelConfig, tokenizer: Tokenizer,
+                 scores: bool = False) -> Iterator[list[tuple[validate.Row, np.ndarray]] | RowError]:
+  """The requests of each row with their token ids, or its error; in order.
 
   Args:
     source: the rows.
-    config, model, tokenizer: as in `prepare`.
+    config, model, tokenizer, scores: as in `prepare`.
 
   Raises:
     ConfigError: the chat template cannot be read or compiled.
   """
-  renderer = _Renderer(config, tokenizer)
+  renderer = _Renderer(config, tokenizer, scores)
+  first_token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
   stops = StopBudget(model.vocab_size, config.limits.max_stop_table_bytes)
   duplicates = validate.DuplicateIds()
   texts = (guarded(record, "", renderer.prompt_of, record) for record in source)
 
-  def check(row: validate.Row, token_ids: np.ndarray) -> validate.Row | RowError:
-    row = validate.fit_default(row, len(token_ids), model.max_len)
-    return (duplicates.check(row)
-            or validate.check_prompt(row, token_ids, model.vocab_size, model.max_len)
-            or _check_pool(row, len(token_ids), config, model)
-            or _check_stop(row, stops, config) or row)  # counts the stop strings of rows that run
+  def check(row: validate.Row, token_ids: list[np.ndarray]
+            ) -> list[tuple[validate.Row, np.ndarray]] | RowError:
+    """The requests of a row; counts the stop strings of those that run."""
+    error, requests = duplicates.check(row), []
+    for part, ids in [] if error else scores_lib.requests_of(row, token_ids, first_token):
+      part = validate.fit_default(part, len(ids), model.max_len)
+      # Requests need ids of their own, which no other row may have.
+      error = error or ((duplicates.check(part) if part.request_id != row.request_id else None)
+                        or validate.check_prompt(part, ids, model.vocab_size, model.max_len)
+                        or _check_pool(part, len(ids), config, model)
+                        or _check_stop(part, stops, config))
+      requests.append((part, ids))
+    return dataclasses.replace(error, request_id=row.request_id) if error else requests
 
   for batch in _batches(texts):
     for row, token_ids in _tokenize(batch, tokenizer):
-      yield (row if isinstance(row, RowError) else guarded(row, "", check, row, token_ids)), token_ids
+      yield row if isinstance(row, RowError) else guarded(row, "", check, row, token_ids)
 
 
 class _Text(NamedTuple):
-  """A valid row with its prompt: text, or token ids."""
+  """A valid row with what of it is to be tokenized (`scores.texts`), or with its prompt's token ids."""
 
   row: validate.Row
-  prompt: str | np.ndarray
+  texts: tuple[str | np.ndarray, ...]
   is_chat: bool = False
   field: str = "prompt"
 
@@ -113,8 +124,8 @@ class _Text(NamedTuple):
 class _Renderer:
   """Turns records into prompts; raises whatever a record's contents make a library raise."""
 
-  def __init__(self, config: JobConfig, tokenizer: Tokenizer):
-    self._config, self._tokenizer = config, tokenizer
+  def __init__(self, config: JobConfig, tokenizer: Tokenizer, scores: bool):
+    self._config, self._tokenizer, self._scores = config, tokenizer, scores
     try:
       sources = tokenizer.chat_templates
       if config.chat_template:
@@ -134,18 +145,19 @@ class _Renderer:
       return record.value
     config = self._config
     row = validate.parse(record, defaults=config.sampling, model_name=config.model.name,
-                         job_seed=config.seed, limits=config.limits)
+                         job_seed=config.seed, limits=config.limits, scores=self._scores)
     if isinstance(row, RowError):
       return row
     row = self._with_stop_ids(row)
     if not isinstance(row.prompt, list):
-      return _Text(row, row.prompt)
+      return _Text(row, scores_lib.texts(row, row.prompt, config.limits))
     text = guarded(row, "messages", self._render, row)
     if isinstance(text, RowError):
       return text
+    texts = scores_lib.texts(row, text, config.limits)
     # What made the prompt is not held any longer.
     row = dataclasses.replace(row, prompt="", tools=None, chat_template_kwargs={})
-    return _Text(row, text, is_chat=True, field="messages")
+    return _Text(row, texts, is_chat=True, field="messages")
 
   def _render(self, row: validate.Row) -> str:
     template = chat.choose(self._templates, row.tools)
@@ -199,7 +211,7 @@ def _batches(texts: Iterator[_Text | RowError]) -> Iterator[list[_Text | RowErro
   batch, num_chars = [], 0
   for text in texts:
     batch.append(text)
-    num_chars += 0 if isinstance(text, RowError) else len(text.prompt)
+    num_chars += 0 if isinstance(text, RowError) else sum(map(len, text.texts))
     if len(batch) == _BATCH_ROWS or num_chars >= _BATCH_CHARS:
       yield batch
       batch, num_chars = [], 0
@@ -208,24 +220,25 @@ def _batches(texts: Iterator[_Text | RowError]) -> Iterator[list[_Text | RowErro
 
 
 def _tokenize(batch: list[_Text | RowError], tokenizer: Tokenizer
-              ) -> list[tuple[validate.Row | RowError, np.ndarray]]:
-  """Each row with its token ids, or its error with none."""
-  results = [(item, _NO_TOKENS) if isinstance(item, RowError) else
-             (item.row, item.prompt) for item in batch]
+              ) -> list[tuple[validate.Row | RowError, list[np.ndarray]]]:
+  """Each row with the token ids of its texts, or its error with none."""
+  results = [(item, []) if isinstance(item, RowError) else
+             (item.row, list(item.texts)) for item in batch]
   for is_chat, encode_fn in ((False, tokenizer.encode_batch), (True, tokenizer.encode_chat)):
     chosen = [i for i, item in enumerate(batch) if isinstance(item, _Text)
-              and isinstance(item.prompt, str) and item.is_chat == is_chat]
+              and isinstance(item.texts[0], str) and item.is_chat == is_chat]
 
-    def encode(*positions: int) -> list[list[int]]:
-      return encode_fn([batch[i].prompt for i in positions])
+    def encode(*positions: int) -> list[list[list[int]]]:
+      token_ids = iter(encode_fn([text for i in positions for text in batch[i].texts]))
+      return [list(itertools.islice(token_ids, len(batch[i].texts))) for i in positions]
 
     encoded = guarded(batch[chosen[0]].row, "", encode, *chosen) if chosen else []
     if isinstance(encoded, RowError):  # one row is to blame, and each is told by itself
       encoded = [guarded(batch[i].row, batch[i].field, encode, i) for i in chosen]
       encoded = [item if isinstance(item, RowError) else item[0] for item in encoded]
     for i, ids in zip(chosen, encoded):
-      results[i] = (ids, _NO_TOKENS) if isinstance(ids, RowError) else (
-          batch[i].row, np.array(ids, np.int32))
+      results[i] = (ids, []) if isinstance(ids, RowError) else (
+          batch[i].row, [np.array(text_ids, np.int32) for text_ids in ids])
   return results
 
 
@@ -237,7 +250,10 @@ def _check_pool(row: validate.Row, prompt_len: int, config: JobConfig,
   num_pages = num_kv_pages(model, engine)
   if needed <= num_pages:
     return None
-  return _error(row, "max_tokens", f"{prompt_len} prompt tokens and max_tokens={max_tokens} need "
+  what = f"{prompt_len} prompt tokens and max_tokens={max_tokens}"
+  if row.continuations:
+    what = f"{prompt_len} tokens of prompt and continuation"
+  return _error(row, "prompt" if row.continuations else "max_tokens", f"{what} need "
                 f"up to {needed} KV pages of {engine.page_size} tokens, the pool has {num_pages}: "
                 "shorten them, or raise engine.kv_memory_bytes or engine.num_pages",
                 "context_length_exceeded")

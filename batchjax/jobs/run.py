@@ -1,5 +1,6 @@
 """A whole job as the command line runs it: file in, file out, resumable."""
 
+import collections
 from collections.abc import Iterator
 import contextlib
 import dataclasses
@@ -31,13 +32,13 @@ from batchjax.plan import planner
 from batchjax.plan.memory import num_kv_pages, settle
 from batchjax.text.stop import build_stop_table
 from batchjax.text.tokenizer import Tokenizer
-from batchjax.types import Request, StopTable
+from batchjax.types import Completion, Request, StopTable
 
 
 def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str | None = None,
-        job_dir: str = "", overwrite: bool = False, quiet: bool = False,
+        job_dir: str = "", overwrite: bool = False, quiet: bool = False, scores: bool = False,
         loaders: Loaders = Loaders()) -> job_lib.Finished:
-  """Completes every row of a file; the same call again resumes where it stopped.
+  """Completes or scores every row of a file; the same call again resumes where it stopped.
 
   Beside the output lies `<output>.job`, with the manifest, the journal of
   finished rows, the tokenized requests, the plan and the metrics.
@@ -50,6 +51,7 @@ def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str
     job_dir: folder of this machine in place of `<output>.job`; see `folder.directory_of`.
     overwrite: move the folder of an earlier job aside and start anew.
     quiet: show no progress.
+    scores: rows hold continuations, whose log-probabilities are the output (`io.scores`).
     loaders: how the model is loaded.
 
   Raises:
@@ -77,9 +79,10 @@ def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str
     device = configure_jax()
     config = dataclasses.replace(config, engine=settle(
         model_config, config.engine, chip_of(device), memory_limit(device)))
-    with job_lib.open_job(directory, identity(config, input_path), overwrite=overwrite,
+    job_identity = identity(config, input_path) | ({"task": "score"} if scores else {})
+    with job_lib.open_job(directory, job_identity, overwrite=overwrite,
                           pins=hub.pins(asked, config.model)) as job:
-      prepared, requests = _prepare_once(job, input_path, config, model_config, tokenizer)
+      prepared, requests = _prepare_once(job, input_path, config, model_config, tokenizer, scores)
       with requests:
         done = job.begin(prepared.num_rows)
         for error in prepared.errors:
@@ -89,7 +92,8 @@ def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str
         if len(left):
           _complete(job, requests, left, prepared, config, model_config, tokenizer, quiet, loaders,
                     stop)
-      return job.finish(output_path, error_path)
+      finished = job.finish(output_path, error_path)
+      return dataclasses.replace(finished, unit="scores") if scores else finished
 
 
 def default_error_path(output_path: str) -> str:
@@ -110,7 +114,7 @@ def _check_paths(input_path: str, output_path: str, error_path: str,
 
 
 def _prepare_once(job: job_lib.Job, input_path: str, config: JobConfig, model: ModelConfig,
-                  tokenizer: Tokenizer) -> tuple[prepare.Prepared, RequestReader]:
+                  tokenizer: Tokenizer, scores: bool) -> tuple[prepare.Prepared, RequestReader]:
   """Validated and tokenized rows; those of an earlier run of the job are used again if undamaged."""
   done_path, store_path = job.directory / folder.PREPARED, job.directory / folder.REQUESTS
   if done_path.exists():
@@ -123,7 +127,7 @@ def _prepare_once(job: job_lib.Job, input_path: str, config: JobConfig, model: M
     except (files.DamagedFile, TypeError) as e:  # TypeError: of another version
       logging.warning("%s: the input is tokenized again", e)
   try:
-    prepared = prepare.prepare(input_path, store_path, config, model, tokenizer)
+    prepared = prepare.prepare(input_path, store_path, config, model, tokenizer, scores)
     sha256 = job_lib.hash_file(store_path)
     files.write_sealed(done_path, {"job": job.id, "sha256": sha256} | dataclasses.asdict(prepared))
   except BaseException:
@@ -161,6 +165,8 @@ def _complete(job: job_lib.Job, requests: RequestReader, left: np.ndarray,
       num_pages=num_kv_pages(model.config, engine), page_size=engine.page_size,
       max_rows=engine.max_rows)
   pending: dict[str, tuple[StoredRow, int]] = {}
+  answers: dict[int, list[tuple[StoredRow, Completion]]] = collections.defaultdict(list)
+  num_requests = np.bincount(requests.indices)  # of each row
   with contextlib.ExitStack() as stack:
     progress = stack.enter_context(report.Progress(run_record, quiet=quiet))
     metrics = stack.enter_context(report.MetricsWriter(job.directory / report.METRICS_FILE))
@@ -173,11 +179,14 @@ def _complete(job: job_lib.Job, requests: RequestReader, left: np.ndarray,
       row, num_cached = pending.pop(completion.request_id)
       # As planned over the whole file, so that a resumed job writes the same bytes.
       completion = dataclasses.replace(completion, num_cached_tokens=num_cached)
-      if error := output.completion_error(row, completion):
-        job.append_error(row.index, output.format_error(error, job_id=job.id))
-      else:
-        job.append(row.index, output.format_completion(
-            row, completion, tokenizer=tokenizer, job_id=job.id))
+      answers[row.index].append((row, completion))
+      if len(answers[row.index]) == num_requests[row.index]:
+        whole = answers.pop(row.index)
+        errors = (output.completion_error(*answer) for answer in whole)
+        if error := next(filter(None, errors), None):
+          job.append_error(row.index, output.format_error(error, job_id=job.id))
+        else:
+          job.append(row.index, output.format_answer(whole, tokenizer=tokenizer, job_id=job.id))
       recorder.finish(row, completion)
 
 

@@ -89,18 +89,20 @@ class Admission(NamedTuple):
 
 
 class PromptScore(NamedTuple):
-  """Prompt tokens whose log-probabilities an entry computes: those behind each of its tokens.
+  """Prompt tokens whose log-probabilities an entry computes: those behind its tokens, one each.
 
   Attributes:
     node: tree node that the log-probabilities belong to.
     offset: of the first one within the node.
     entry: the entry that computes them.
+    skipped: tokens of the entry before the first that scores its successor.
     next_tokens: i32[], the scored tokens.
   """
 
   node: int
   offset: int
   entry: int
+  skipped: int
   next_tokens: np.ndarray
 
 

@@ -19,16 +19,17 @@ class BatchBuilder:
   """
 
   def __init__(self, requests: Sequence[Request], tree: PrefixTree, rows: Rows, pool: PageTable,
-               history: History, decoding: np.ndarray, *, budget: int, scores: bool,
-               stop_table: StopTable | None):
+               history: History, decoding: np.ndarray, *, budget: int,
+               score_start: np.ndarray | None, stop_table: StopTable | None):
     """Args:
       decoding: rows whose next token comes from their last one, in order; their runs have room.
       budget: tokens of the step.
-      scores: prompts are scored.
+      score_start: of each node, the position of the first token that is scored there or below;
+        None where no prompt is.
     """
     self._requests, self._tree, self._rows, self._pool = requests, tree, rows, pool
     self._history, self._decoding = history, decoding
-    self._scores, self._stop_table = scores, stop_table
+    self._score_start, self._stop_table = score_start, stop_table
     self._num_slots = len(rows.seq_of_slot)
     self._budget = budget - len(decoding)
     self._num_free_pages = pool.num_free
@@ -36,7 +37,7 @@ class BatchBuilder:
     # kv_len and run.
     self._chunks: list[tuple[int, ...]] = []
     self._tokens: list[np.ndarray] = []
-    self._scored: list[tuple[int, int, int, np.ndarray]] = []
+    self._scored: list[tuple[int, int, int, int, np.ndarray]] = []  # see `PromptScore`
     self._first_draws: list[tuple[int, int]] = []  # rows, and the chunks that they draw from
     self._completed: dict[int, int] = {}  # shared nodes that end in this step: their chunks
     self._num_prompt_tokens = 0
@@ -98,7 +99,8 @@ class BatchBuilder:
     prompt_len = end if prompt_len is None else prompt_len
     offset, num_held = int(self._pool.kv_len[run]), int(self._pool.num_held[run])
     # The first token of a node is scored by the last one above it, which is computed once more.
-    requeried = int(self._scores and offset == 0 and start > 0)
+    score_start = prompt_len if self._score_start is None else self._score_start[node]
+    requeried = int(offset == 0 and 0 < start and score_start <= start < prompt_len)
     room = (num_held + self._num_free_pages) * self._pool.page_size
     count = min(end - start - offset, self._budget - requeried, room - offset)
     if count <= 0:
@@ -107,9 +109,11 @@ class BatchBuilder:
     self._num_free_pages -= max(0, pages_for(kv_len, self._pool.page_size) - num_held)
     self._budget -= count + requeried
     self._num_prompt_tokens += max(0, min(first + count, prompt_len) - first + requeried)
-    if self._scores:
-      scored = sequence[first - requeried + 1:min(first + count + 1, prompt_len)]
-      self._scored.append((node, offset - requeried + 1, len(self._chunks), scored))
+    behind = first - requeried + 1  # the place that this entry's first token scores
+    begin = max(behind, int(score_start))
+    if begin < (score_end := min(first + count + 1, prompt_len)):
+      self._scored.append((node, begin - start, len(self._chunks), begin - behind,
+                           sequence[begin:score_end]))
     self._chunks.append((node, seq, slot, first - requeried, count + requeried, requeried, start,
                          kv_len, run))
     self._tokens.append(sequence[first - requeried:first + count])
@@ -159,8 +163,8 @@ class BatchBuilder:
                         pool.kv_len[self._num_slots + nodes], page_starts[self._num_slots + nodes]),
         samples=self._samples(place), page_indices=page_indices, admissions=tuple(admissions),
         prompt_scores=tuple(
-            PromptScore(node, offset, int(place[len(decoding) + chunk]), scored)
-            for node, offset, chunk, scored in self._scored),
+            PromptScore(node, offset, int(place[len(decoding) + chunk]), skipped, scored)
+            for node, offset, chunk, skipped, scored in self._scored),
         num_steps=num_steps, num_prompt_tokens=self._num_prompt_tokens)
 
   def _samples(self, place: np.ndarray) -> Samples:

@@ -171,6 +171,8 @@ def make_plan(model: ModelConfig, requests: Sequence[Request], engine: EngineCon
   states = _states(max_rows, num_shared, num_pages, engine, available)
   _, buckets = min((solve(state, available, may_compile) for state in states
                     for may_compile in (False, True)), key=lambda solution: solution[0])
+  if is_only_window and max_tokens.max() <= 1:  # every row ends in the step that completes its prompt
+    buckets = tuple(bucket for bucket in buckets if bucket.kind == "mixed")
   _, cut_buckets = solve(Bucket("mixed", 0, max_rows, 0, num_pages), None)
   return dataclasses.replace(plan, buckets=buckets, prediction=_predict(
       model, chip, shapes, buckets, cut_buckets, is_extrapolated))

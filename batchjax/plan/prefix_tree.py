@@ -60,6 +60,11 @@ class PrefixTree:
     sums = np.concatenate([np.zeros(1, values.dtype), np.cumsum(values)])
     return sums[self.subtree_end] - sums[:-1]
 
+  def subtree_min(self, values: Num[np.ndarray, "N"]) -> Num[np.ndarray, "N"]:
+    """Least of `values` over each node and its descendants. O(N * height)."""
+    bounds = np.stack([np.arange(self.num_nodes), self.subtree_end], axis=1)
+    return np.minimum.reduceat(np.append(values, values[-1:]), bounds.ravel())[::2]
+
 
 def build_prefix_tree(
     prompts: Sequence[Int32[np.ndarray, "_"]],

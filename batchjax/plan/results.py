@@ -65,7 +65,7 @@ class Results:
     offsets = batch.entries.offsets
     fields = (outputs.prompt_logprobs, outputs.prompt_top_token_ids, outputs.prompt_top_logprobs)
     for score in batch.prompt_scores:
-      first = offsets[score.entry]
+      first = offsets[score.entry] + score.skipped
       here = slice(first, first + len(score.next_tokens))
       self._scores[score.node].append(
           (score.offset, *(None if field is None else field[here] for field in fields)))
@@ -106,7 +106,8 @@ class Results:
         self._scores.pop(node, None)
     self.num_complete += 1
     choices = sorted(self._choices.pop(index), key=lambda choice: choice.index)
-    if scores[0] is not None and np.isnan(scores[0][1:]).any():
+    start = max(1, request.sampling_params.prompt_logprobs_start)
+    if scores[0] is not None and np.isnan(scores[0][start:]).any():
       choices = [dataclasses.replace(choice, finish_reason="error") for choice in choices]
     return Completion(
         request_id=request.request_id,
@@ -118,7 +119,8 @@ class Results:
   def _prompt_scores(self, index: int) -> tuple[np.ndarray, np.ndarray | None, np.ndarray | None]:
     """Puts together the scores of the nodes on the request's path; the first token has none."""
     prompt_len = len(self._requests[index].prompt_token_ids)
-    num_top = self._requests[index].sampling_params.top_logprobs
+    params = self._requests[index].sampling_params
+    num_top, not_asked = params.top_logprobs, slice(params.prompt_logprobs_start)
     logprobs = np.full(prompt_len, np.nan, np.float32)
     top_ids = np.full((prompt_len, num_top), -1, np.int32) if num_top else None
     top_logprobs = np.full((prompt_len, num_top), np.nan, np.float32) if num_top else None
@@ -129,6 +131,9 @@ class Results:
         if num_top:
           top_ids[start:start + len(values)] = ids[:, :num_top]
           top_logprobs[start:start + len(values)] = tops[:, :num_top]
+    logprobs[not_asked] = np.nan  # others that share the node may have asked
+    if num_top:
+      top_ids[not_asked], top_logprobs[not_asked] = -1, np.nan
     return logprobs, top_ids, top_logprobs
 
   def _path(self, index: int) -> list[int]:

@@ -59,8 +59,8 @@ class Scheduler:
     self._requests, self._tree = requests, tree
     self._max_rows, self._max_step_tokens = max_rows, max_step_tokens
     self._max_decode_steps, self._stop_table = max_decode_steps, stop_table
-    self._scores = any(r.sampling_params.prompt_logprobs for r in requests)
-    if self._scores and max_step_tokens < 2:
+    self._score_start = _score_start(requests, tree)
+    if self._score_start is not None and max_step_tokens < 2:
       raise ConfigError("engine.max_step_tokens=1 holds no token beside the one that scores it: "
                         "prompt_logprobs needs at least 2")
     max_tokens = np.array([r.sampling_params.max_tokens for r in requests], np.int64)
@@ -108,7 +108,7 @@ class Scheduler:
     if not self._reserve_decode():
       return None
     step = BatchBuilder(self._requests, self._tree, self._rows, self._pool, self._results.history,
-                        self._decoding, budget=self._max_step_tokens, scores=self._scores,
+                        self._decoding, budget=self._max_step_tokens, score_start=self._score_start,
                         stop_table=self._stop_table)
     kind, num_steps = "mixed", 1
     if not self._fill(step):
@@ -300,3 +300,14 @@ class Scheduler:
     assert (active == self._num_active).all(), "active rows of a node miscounted"
     assert (self._num_left[self._is_open] > 0).all(), "a node outlived its rows"
     assert (np.diff(self._decoding) > 0).all(), "decoding rows are out of order"
+
+
+def _score_start(requests: Sequence[Request], tree: PrefixTree) -> Int[np.ndarray, "N"] | None:
+  """Of each node the first position that a request there or below wants scored; None if none does."""
+  wants = np.array([r.sampling_params.prompt_logprobs for r in requests])
+  if not wants.any():
+    return None
+  starts = np.array([r.sampling_params.prompt_logprobs_start for r in requests])
+  of_node = np.full(tree.num_nodes, np.iinfo(np.int32).max)
+  np.minimum.at(of_node, tree.node_of_request[wants], starts[wants])
+  return tree.subtree_min(of_node)

@@ -10,6 +10,7 @@ class FakeTokenizer:
 
   bos_token = eos_token = ""
   eos_token_ids = ()
+  bos_token_id, eos_token_id = None, 0
   special_tokens: Mapping[str, str] = {}
   special_text = None
   chat_template = None

@@ -49,7 +49,10 @@ def oracle_completion(request: Request, logits_fn: LogitsFn, draw_fn: DrawFn,
   if params.prompt_logprobs:
     all_logits = [logits_fn(prompt[:i]) for i in range(1, len(prompt))]
     scores = _scores(all_logits, prompt[1:], params.top_logprobs, first_is_null=True)
-    if not all(map(is_finite, all_logits)):
+    for values, null in zip(scores, (np.nan, -1, np.nan)):
+      if values is not None:
+        values[:params.prompt_logprobs_start] = null
+    if not all(map(is_finite, all_logits[max(0, params.prompt_logprobs_start - 1):])):
       choices = tuple(dataclasses.replace(choice, finish_reason="error") for choice in choices)
   return Completion(request.request_id, choices, len(prompt), 0, *scores)
 

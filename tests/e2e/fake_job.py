@@ -7,7 +7,7 @@ import random
 import time
 
 from batchjax.config import EngineConfig, JobConfig, ModelSource
-from batchjax.io import files
+from batchjax.io import files, output
 from batchjax.jobs.loaders import Loaders
 from batchjax.jobs.run import run
 from batchjax.testing.fake_model import FakeModel, fake_config
@@ -21,10 +21,18 @@ _SHAPE = fake_config(max_len=128, eos=(0,))
 _SHARED = ("Answer in one short sentence, and then say why. ", "Translate into French: ", "")
 
 
-def write_input(path: pathlib.Path, seed: int) -> None:
-  """Requests of both forms that share prefixes, with samples and stop strings, and bad rows."""
+def write_input(path: pathlib.Path, seed: int, scores: bool = False) -> None:
+  """Requests of both forms that share prefixes, with samples and stop strings, and bad rows; or rows to
+  score."""
   rng = random.Random(seed)
   lines = []
+  if scores:
+    for i in range(NUM_ROWS):
+      prompt = rng.choice(_SHARED) + f"item {rng.randrange(20)} "
+      choices = ["" if i % 10 == 4 else str(rng.randrange(1000)) for _ in range(rng.choice((1, 2, 5)))]
+      lines.append(json.dumps({"id": f"r{i}", "prompt": prompt, "continuations": choices}))
+    path.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    return
   for i in range(NUM_ROWS):
     fields = {"prompt": rng.choice(_SHARED) + f"item {rng.randrange(20)}",
               "max_tokens": rng.randrange(1, 40), "n": rng.choice((1, 3)),
@@ -56,7 +64,7 @@ def fake_loaders(tokenizer=FakeTokenizer, model_fn=None) -> Loaders:
 PHASES = ("starting", "compiling", "running", "finishing")
 
 
-def run_slowly(directory: str, cache_dir: str, phases) -> None:
+def run_slowly(directory: str, cache_dir: str, scores: bool, phases) -> None:
   """Runs `in.jsonl` of the directory to its end and tells when it enters each of `PHASES`.
 
   It waits a little with each row, and after each file that it puts in place.
@@ -64,6 +72,7 @@ def run_slowly(directory: str, cache_dir: str, phases) -> None:
   Args:
     directory: of the input; everything else is written there too.
     cache_dir: for compiled steps.
+    scores: the rows are to score.
     phases: the sending end of a pipe.
   """
   sent = set()
@@ -79,10 +88,10 @@ def run_slowly(directory: str, cache_dir: str, phases) -> None:
       time.sleep(0.1)
       return super().encode_batch(texts)
 
-    def text_pieces(self, token_ids, echoed=()):
-      enter("running")
-      time.sleep(0.005)
-      return super().text_pieces(token_ids, echoed)
+  def format_slowly(*args, **kwargs):
+    enter("running")
+    time.sleep(0.01)
+    return format_answer(*args, **kwargs)
 
   def sync_and_wait(path):
     sync_directory(path)
@@ -96,6 +105,7 @@ def run_slowly(directory: str, cache_dir: str, phases) -> None:
 
   folder = pathlib.Path(directory)
   sync_directory, files.sync_directory = files.sync_directory, sync_and_wait
+  format_answer, output.format_answer = output.format_answer, format_slowly
   enter("starting")
   run(config(cache_dir), str(folder / "in.jsonl"), str(folder / "out.jsonl"), quiet=True,
-             loaders=fake_loaders(SlowTokenizer, load_model))
+      loaders=fake_loaders(SlowTokenizer, load_model), scores=scores)

@@ -1,4 +1,4 @@
-"""A job killed with SIGKILL at twenty random moments writes what an undisturbed one does."""
+"""A job killed with SIGKILL at random moments writes what an undisturbed one does."""
 
 import collections
 import json
@@ -16,7 +16,7 @@ _PHASE_SECS = {"starting": 0.3, "compiling": 0.8, "running": 0.4, "finishing": 0
 
 
 @pytest.fixture
-def start(monkeypatch):
+def start(monkeypatch, scores):
   """Starts the slow job in a process of its own, forked where jax is imported already."""
   monkeypatch.setenv("JAX_PLATFORMS", "cpu")
   # The fork server preloads from PYTHONPATH only, and passes over what it does not find.
@@ -28,7 +28,8 @@ def start(monkeypatch):
 
   def start_job(folder, cache):
     phases, child_end = context.Pipe(duplex=False)
-    process = context.Process(target=fake_job.run_slowly, args=(str(folder), str(cache), child_end))
+    process = context.Process(target=fake_job.run_slowly, args=(
+        str(folder), str(cache), scores, child_end))
     process.start()
     child_end.close()
     return process, phases
@@ -51,13 +52,14 @@ def wait_for(phases, phase):
   return True
 
 
-def test_kill_at_twenty_random_moments(tmp_path, start):
+@pytest.mark.parametrize("scores, num_kills", [(False, 20), (True, 5)], ids=["complete", "score"])
+def test_kill_at_random_moments(tmp_path, start, scores, num_kills):
   rng, kills, cache = random.Random(0), collections.Counter(), tmp_path / "cache"
   expected = {}
   for seed in (0, 1):
     folder = tmp_path / f"undisturbed{seed}"
     folder.mkdir()
-    fake_job.write_input(folder / "in.jsonl", seed)
+    fake_job.write_input(folder / "in.jsonl", seed, scores)
     finish(start, folder, cache)
     expected[seed] = {name: (folder / name).read_bytes()
                       for name in ("out.jsonl", "out.errors.jsonl")}
@@ -67,11 +69,11 @@ def test_kill_at_twenty_random_moments(tmp_path, start):
   assert expected[0] != expected[1]
 
   jobs = 0
-  while kills.total() < 20:
+  while kills.total() < num_kills:
     jobs += 1
     seed, folder = jobs % 2, tmp_path / f"killed{jobs}"
     folder.mkdir()
-    fake_job.write_input(folder / "in.jsonl", seed)
+    fake_job.write_input(folder / "in.jsonl", seed, scores)
     for phase in [p for p in fake_job.PHASES for _ in range(2 if p == "running" else 1)]:
       process, phases = start(folder, cache)
       if wait_for(phases, phase):

@@ -51,7 +51,7 @@ BATCH = batch_of(
     pages=[7, 3, 5, 0],
     shared=[(0, 3, 0, 6, 0)],
     samples=[sample(0, 2, 1, stop_state=3), sample(1, 0, 2, num_generated=2, is_first=False)],
-    scores=[PromptScore(1, 5, 0, ints(45)), PromptScore(2, 0, 1, ints(60, 61, 62))])
+    scores=[PromptScore(1, 5, 0, 0, ints(45)), PromptScore(2, 1, 1, 1, ints(61, 62))])
 
 
 def table_of(*seeds):
@@ -133,7 +133,7 @@ def test_a_requery_alone_reads_and_writes_nothing_of_its_own():
 def test_scored_tokens_stand_at_the_token_before():
   assert packed().next_tokens is None
   inputs = packed(prompt_logprobs=True)
-  assert inputs.next_tokens.tolist() == padded(45, -1, 60, 61, 62)
+  assert inputs.next_tokens.tolist() == padded(45, -1, -1, 61, 62)
 
 
 def test_an_empty_batch_is_all_padding():

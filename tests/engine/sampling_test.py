@@ -429,7 +429,8 @@ def test_token_logprobs_of_extreme_logits():
 
 
 @pytest.mark.parametrize("num_tokens", [1, 8, 21])
-def test_prompt_logprobs_equal_those_computed_at_once(num_tokens):
+@pytest.mark.parametrize("num_top", [1, 2])
+def test_prompt_logprobs_equal_those_computed_at_once(num_tokens, num_top):
   rng = np.random.default_rng(num_tokens)
   hidden = rng.normal(size=(num_tokens, 12)).astype(np.float32)
   head = rng.normal(size=(12, 40)).astype(np.float32)
@@ -440,11 +441,31 @@ def test_prompt_logprobs_equal_those_computed_at_once(num_tokens):
     shapes.append(x.shape)
     return x @ head
 
-  got, top_ids, top = sampling.prompt_logprobs(hidden, next_tokens, logits_fn, 8, 2)
-  want = log_softmax_ref(hidden @ head)
-  picked = np.where(next_tokens < 0, np.nan, want[np.arange(num_tokens), next_tokens])
-  np.testing.assert_allclose(got, picked, atol=2e-5)
-  np.testing.assert_array_equal(top_ids, np.argsort(-want, axis=1)[:, :2])
-  assert top.shape == (num_tokens, 2)
-  assert all(shape == (8, 12) for shape in shapes)
+  got, top_ids, top = sampling.prompt_logprobs(hidden, next_tokens, logits_fn, 8, num_top)
+  want, null = log_softmax_ref(hidden @ head), next_tokens < 0
+  np.testing.assert_allclose(got, np.where(null, np.nan, want[np.arange(num_tokens), next_tokens]),
+                             atol=2e-5)
+  best = np.argsort(-want, axis=1)[:, :num_top]
+  np.testing.assert_array_equal(top_ids, np.where(null[:, None], -1, best))
+  np.testing.assert_allclose(top, np.where(null[:, None], np.nan, np.take_along_axis(want, best, 1)),
+                             atol=2e-5)
+  assert all(shape == (min(8, num_tokens), 12) for shape in shapes)
   assert sampling.prompt_logprobs(hidden, next_tokens, logits_fn, 8, 0)[1] is None
+
+
+def test_prompt_logprobs_compute_logits_of_scored_tokens_alone():
+  blocks = []
+
+  def logits_fn(x):
+    jax.debug.callback(lambda _: blocks.append(1), x[0, 0])
+    return jnp.tile(x, (1, 9))
+
+  run = jax.jit(lambda tokens: sampling.prompt_logprobs(jnp.ones((64, 4)), tokens, logits_fn, 8, 1))
+  for num_scored, num_blocks in ((0, 0), (8, 1), (17, 3), (64, 8)):
+    tokens = np.full(64, -1)
+    tokens[np.random.default_rng(0).permutation(64)[:num_scored]] = 3
+    blocks.clear()
+    scores = jax.block_until_ready(run(tokens))
+    jax.effects_barrier()
+    assert len(blocks) == num_blocks
+    np.testing.assert_allclose(scores[0], np.where(tokens < 0, np.nan, -np.log(36)), rtol=1e-5)

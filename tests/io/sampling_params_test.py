@@ -29,6 +29,7 @@ NAN, INF = float("nan"), float("inf")
     ("logprobs", [1, None]),
     ("top_logprobs", [-1, 3, True, 1.0]),  # 3 without logprobs
     ("prompt_logprobs", [1]),
+    ("prompt_logprobs_start", [-1, True, 1.0, 2**31]),
 ])
 def test_bad_values_name_their_field(field, values):
   for value in values:

@@ -43,14 +43,21 @@ def script(tmp_path, context):
 
 
 @pytest.fixture
-def flags(tmp_path):
+def task(request):
+  """What input, expected outputs and fakes are for: to complete, where a test does not ask for another."""
+  with fake_folder.of_task(getattr(request, "param", "complete")):
+    yield fake_folder.TASK
+
+
+@pytest.fixture
+def flags(tmp_path, task):
   fake_folder.write_input(tmp_path, 0)
   return [f"--config={tmp_path / 'config.py'}", f"--input={tmp_path / 'in.jsonl'}",
           f"--output={tmp_path / 'out.jsonl'}"]
 
 
-@pytest.fixture(scope="module")
-def expected(tmp_path_factory):
+@pytest.fixture
+def expected(tmp_path_factory, task):
   folder = tmp_path_factory.mktemp("undisturbed")
   fake_folder.write_input(folder, 0)
   fake_folder.run(folder)
@@ -127,20 +134,27 @@ def test_an_interrupt_while_modules_load_just_ends_the_process(name):
       "import signal", "signal.signal(signal.SIGINT, signal.SIG_DFL)"]
 
 
-def test_exit_codes_of_a_job(tmp_path, script, flags, expected):
-  code, stdout, stderr = script("run", *flags)
+@pytest.mark.parametrize("task, name, unit", [
+    ("complete", "run", "completions"), ("score", "score", "scores")], indirect=["task"])
+def test_exit_codes_of_a_job(tmp_path, script, flags, expected, name, unit):
+  code, stdout, stderr = script(name, *flags)
   assert code == 3, stderr
-  assert "13 completions, 3 errors -> " in stdout and "out.errors.jsonl" in stdout
+  assert f"13 {unit}, 3 errors -> " in stdout and "out.errors.jsonl" in stdout
   assert outputs(tmp_path) == expected
-  assert script("run", *flags)[0] == 3  # nothing to do, and the rows are as bad as before
-  code, _, stderr = script("run", *flags, "--config.seed=1")
+  assert script(name, *flags)[0] == 3  # nothing to do, and the rows are as bad as before
+  code, _, stderr = script({"run": "score", "score": "run"}[name], *flags)
+  assert code == 2 and "task: " in stderr  # one does not go on with the other's job
+  code, _, stderr = script(name, *flags, "--strict", f"--output={tmp_path / 'strict.jsonl'}")
+  assert code == 2 and stderr.splitlines()[-1].startswith("error: row 5 (r4): ")
+  code, _, stderr = script(name, *flags, "--config.seed=1")
   *log, stderr = stderr.splitlines(keepends=True)
   assert code == 2 and is_one_line(stderr) and "settings.seed: 0 -> 1" in stderr
   assert all(line.startswith("I") and ": " not in line.split("]")[0] for line in log)  # of absl alone
-  code, _, stderr = script("run", *flags, "--config.seed=1", "--overwrite")
+  code, _, stderr = script(name, *flags, "--config.seed=1", "--overwrite")
   assert code == 3 and f"is moved to {tmp_path / 'out.jsonl.job.1'}" in stderr
-  (tmp_path / "in.jsonl").write_text('{"id": "a", "prompt": "x", "max_tokens": 1}\n')
-  assert script("run", *flags, f"--output={tmp_path / 'good.jsonl'}")[0] == 0
+  first, *_ = (tmp_path / "in.jsonl").read_text().splitlines()
+  (tmp_path / "in.jsonl").write_text(first)
+  assert script(name, *flags, f"--output={tmp_path / 'good.jsonl'}")[0] == 0
 
 
 def test_an_output_in_a_store_and_its_job_dir(tmp_path, script, flags, expected):
@@ -162,11 +176,12 @@ def test_an_output_in_a_store_and_its_job_dir(tmp_path, script, flags, expected)
     ("tests.jobs.fake_folder.load_model", 130), ("tests.jobs.fake_folder.complete", 130),
     ("batchjax.io.files.write_rows", 130), ("batchjax.io.files.sync_directory", 130),
     ("batchjax.report.to_text", 130), ("batchjax.jobs.command_line.job_config", 130)])
-def test_an_interrupt_in_any_phase(tmp_path, script, flags, expected, at, code):
-  found, stdout, stderr = script("run", *flags, signal_at=at)
+@pytest.mark.parametrize("task, name", [("complete", "run"), ("score", "score")], indirect=["task"])
+def test_an_interrupt_in_any_phase(tmp_path, script, flags, expected, name, at, code):
+  found, stdout, stderr = script(name, *flags, signal_at=at)
   assert found == code and "Traceback" not in stderr and "stopped" in stderr.splitlines()[-1], stderr
   assert not list(tmp_path.rglob("*.tmp"))
-  assert script("run", *flags)[0] == 3
+  assert script(name, *flags)[0] == 3
   assert outputs(tmp_path) == expected
 
 

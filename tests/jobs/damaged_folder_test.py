@@ -60,8 +60,15 @@ def damage(rng, path, other):
     path.write_bytes(rng.choice(CHANGES)(rng, path.read_bytes(), other.read_bytes()))
 
 
+@pytest.fixture(autouse=True, scope="module", params=fake_folder.TASKS)
+def task(request):
+  """Every test is about jobs that complete and about jobs that score."""
+  with fake_folder.of_task(request.param):
+    yield
+
+
 @pytest.fixture(scope="module")
-def jobs(tmp_path_factory):
+def jobs(tmp_path_factory, task):
   """A folder with a finished job, one that was stopped, and a finished one of another input."""
   root = tmp_path_factory.mktemp("jobs")
   for name, seed, stop_after in (("done", 0, None), ("half", 0, 7), ("other", 1, None)):

@@ -26,15 +26,30 @@ from batchjax.types import Choice, Completion, SamplingParams
 from batchjax.weights import Model
 
 NUM_ROWS = 16
+TASKS = ("complete", "score")
+TASK = "complete"  # `of_task` changes it
 SHAPE = fake_config(max_len=96, eos=(0,))
 
 
+def of_task(name):
+  """Within it, inputs and jobs of this module are of one of `TASKS`."""
+  return mock.patch.object(sys.modules[__name__], "TASK", name)
+
+
 def write_input(folder, seed):
-  """Rows of both forms, every fifth bad."""
+  """Rows of both forms, every fifth bad; or rows to score."""
   rng = random.Random(seed)
-  rows = [{"id": f"r{i}", "prompt": f"number {rng.randrange(10**6)}",
+  rows = [_row_to_score(i, rng) for i in range(NUM_ROWS)] if TASK == "score" else [{"id": f"r{i}", "prompt": f"number {rng.randrange(10**6)}",
            "max_tokens": -1 if i % 5 == 4 else rng.randrange(1, 9), "seed": i} for i in range(NUM_ROWS)]
   (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
+
+def _row_to_score(i, rng):
+  name, number = {"id": f"r{i}"}, str(rng.randrange(10**6))
+  if i % 5 == 4:
+    return name | {"prompt": "x", "continuation": ""}
+  return name | ({"text": 10 * number}, {"prompt": "number", "continuation": number},
+                 {"prompt": number, "continuations": ["a", " is one", number]})[i % 3]
 
 
 class _NoRecorder:
@@ -62,9 +77,15 @@ def _no_engine(stop_after=None):
 def complete(request):
   digest = hashlib.sha256(repr((request.prompt_token_ids.tolist(),
                                 request.sampling_params)).encode()).digest()
+  prompt_len = len(request.prompt_token_ids)
+  if request.sampling_params.prompt_logprobs:
+    scores = -np.resize(np.frombuffer(digest, np.uint8), prompt_len).astype(np.float32) / 7
+    scores[:request.sampling_params.prompt_logprobs_start] = np.nan
+    return Completion(request.request_id, (Choice(0, np.zeros(0, np.int32), "length"),), prompt_len, 0,
+                      scores, request.prompt_token_ids[:, None] // 2 * 2, scores[:, None])
   tokens = np.frombuffer(digest, np.uint8)[:request.sampling_params.max_tokens] % 90
   return Completion(request.request_id, (Choice(0, tokens.astype(np.int32), "length"),),
-                    len(request.prompt_token_ids), 0)
+                    prompt_len, 0)
 
 
 def run(folder, stop_after=None, *, loaders=None, input_path=None, output="out.jsonl", model=os.devnull,
@@ -76,7 +97,7 @@ def run(folder, stop_after=None, *, loaders=None, input_path=None, output="out.j
   with _no_engine(stop_after):
     return run_lib.run(config, str(input_path or folder / "in.jsonl"),
                        output if "://" in output else str(folder / output),
-                       quiet=True, loaders=loaders, **kwargs)
+                       quiet=True, loaders=loaders, scores=TASK == "score", **kwargs)
 
 
 CONFIG = '''

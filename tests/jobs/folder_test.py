@@ -13,13 +13,19 @@ from batchjax.io.store import RequestWriter
 from batchjax.jobs import command_line, loaders
 from batchjax.jobs.job import JobMismatch
 from batchjax.jobs.prepare import BadRow
-from batchjax.jobs.score import score_file
 from batchjax.jobs.signals import Interrupted
 from batchjax.testing.fake_tokenizer import FakeTokenizer
 from tests.jobs import fake_folder
 
 ENDINGS = (OSError(28, "No space left on device"), MemoryError(), ValueError("v"), RuntimeError("r"),
            BadRow("b"), InputError("i"), Interrupted(), KeyboardInterrupt(), SystemExit(1))
+
+
+@pytest.fixture(autouse=True, params=fake_folder.TASKS)
+def task(request):
+  """Every test is about jobs that complete and about jobs that score."""
+  with fake_folder.of_task(request.param):
+    yield
 
 
 def outputs(folder):
@@ -184,14 +190,6 @@ def test_paths_are_refused_before_the_work(tmp_path, paths, make_fn, message):
         name: path if name == "output" else str(tmp_path / path) for name, path in paths.items()})
   assert "\n" not in str(error.value)
   assert sorted(tmp_path.rglob("*")) == before
-
-
-def test_scores_do_not_replace_their_input(tmp_path):
-  path = tmp_path / "in.jsonl"
-  path.write_text('{"id": "a", "prompt": "x", "continuation": "y"}\n')
-  with pytest.raises(InputError, match="name one file twice"):
-    score_file(None, str(path), str(path))
-  assert path.read_text().startswith('{"id"')
 
 
 @pytest.mark.skipif(os.geteuid() == 0, reason="root may write anywhere")

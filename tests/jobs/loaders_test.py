@@ -11,7 +11,6 @@ from batchjax.config import EngineConfig, JobConfig, ModelSource
 from batchjax.jobs.loaders import Loaders
 from batchjax.jobs.plan import plan_file
 from batchjax.jobs.run import run
-from batchjax.jobs.score import score_file
 from batchjax.plan.cost import CHIPS
 from batchjax.testing.fake_model import FakeModel, fake_config
 from batchjax.testing.fake_tokenizer import FakeTokenizer
@@ -81,6 +80,5 @@ def test_each_job_names_them_once(tmp_path, logged):
   plan_file(config, str(tmp_path / "in.jsonl"), tmp_path, CHIPS["cpu"], LOADERS)
   assert len(logged) == 1
   (tmp_path / "pairs.jsonl").write_text('{"prompt": "x", "continuation": 3}\n')
-  with pytest.raises(ValueError, match="continuation must be a string"):
-    score_file(config, str(tmp_path / "pairs.jsonl"), str(tmp_path / "o.jsonl"), LOADERS)
+  run(config, str(tmp_path / "pairs.jsonl"), str(tmp_path / "o.jsonl"), loaders=LOADERS, scores=True)
   assert len(logged) == 2

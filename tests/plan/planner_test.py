@@ -1,6 +1,7 @@
 """Plans of small windows: what they hold, and that the schedule keeps to them."""
 
 import dataclasses
+import functools
 
 import numpy as np
 import pytest
@@ -237,3 +238,14 @@ def test_scoring_needs_room_for_two_tokens():
   engine = dataclasses.replace(ENGINE, max_rows=1, max_step_tokens=1)
   with pytest.raises(ConfigError, match="max_step_tokens=1"):
     planner.make_plan(CONFIG, window(2, prompt_logprobs=True), engine, CPU)
+
+
+@pytest.mark.parametrize("options, kinds", [
+    (dict(max_tokens=0, prompt_logprobs=True), {"mixed"}), (dict(max_tokens=1, n=2), {"mixed"}),
+    (dict(max_tokens=2), {"mixed", "decode"})])
+def test_a_job_that_draws_no_second_token_has_no_decode_loop(options, kinds):
+  engine = EngineConfig(max_rows=8, max_step_tokens=32, num_pages=400)
+  make = functools.partial(planner.make_plan, CONFIG, window(30, **options), engine, CPU)
+  assert {bucket.kind for bucket in make().buckets} == kinds
+  assert {bucket.kind for bucket in make(is_only_window=False).buckets} == {"mixed", "decode"}, (
+      "others may follow that decode")

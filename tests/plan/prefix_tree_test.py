@@ -74,14 +74,17 @@ def test_num_rows_counts_samples_at_and_below(prompts, data):
 
 
 @given(PROMPTS)
-def test_path_and_subtree_sums(prompts):
+def test_path_and_subtree_sums_and_minima(prompts):
   tree = build_prefix_tree(_arrays(prompts))
   values = np.arange(tree.num_nodes) ** 2 + 3
   paths, subtrees = tree.path_sum(values), tree.subtree_sum(values)
+  mixed = values * 7 % 13
+  minima = tree.subtree_min(mixed)
   for node in range(tree.num_nodes):
     on_path = [n for n in range(tree.num_nodes) if _is_ancestor(tree, n, node)]
     assert paths[node] == values[on_path].sum()
     assert subtrees[node] == values[node:tree.subtree_end[node]].sum()
+    assert minima[node] == mixed[node:tree.subtree_end[node]].min()
 
 
 @pytest.mark.parametrize("chunk_tokens", [1, 3, 10])

@@ -63,6 +63,7 @@ def jobs(draw) -> Job:
         stop=[(), ("ab",), ("c", "dab"), ("aa", "bca")][rng.integers(4) if has_stops else 0],
         stop_token_ids=tuple(rng.integers(0, VOCAB, rng.integers(3)).tolist()),
         ignore_eos=bool(rng.integers(2)), logprobs=logprobs, prompt_logprobs=scores,
+        prompt_logprobs_start=int(rng.integers(len(prompt) + 2)) * int(rng.integers(2)),
         top_logprobs=int(rng.integers(4)) if has_top and (logprobs or scores) else 0)))
   max_rows = integers(1, 9)
   engine = EngineConfig(
@@ -315,6 +316,23 @@ def test_settings_of_a_row_that_cannot_begin_yet_are_not_lost():
     outputs = outputs_of(batch)._replace(prompt_logprobs=np.zeros(batch.num_tokens))
     scheduler.retire(batch, outputs)
   assert num_admissions == 4, "settings travel once"
+
+
+def test_nothing_is_scored_that_nobody_asked_for():
+  """Nor is a token computed once more for the sake of a score that is not wanted."""
+  shared = list(range(12))
+  requests = [request(f"{i}", [*shared, *range(i, 2 * i)], max_tokens=0, prompt_logprobs=True,
+                      prompt_logprobs_start=start) for i, start in ((5, 12), (6, 10), (7, 15))]
+  requests.append(request("silent", [*shared, 50, 51], max_tokens=1))
+  batch = scheduler_of(requests, max_rows=4, max_step_tokens=64).next_batch()
+  scored = {(score.node, score.offset, score.skipped): score.next_tokens.tolist()
+            for score in batch.prompt_scores}
+  entries = {seq: n for seq, n in zip(batch.entries.seq.tolist(),
+                                      batch.entries.num_requeried.tolist())}
+  assert sorted(map(len, scored.values())) == [2, 4, 5, 6], scored
+  assert [10, 11] in scored.values(), "of the shared prefix what one of them wants"
+  assert sum(entries.values()) == 2, "rows 5 and 6 want their first own token, 7 and silent do not"
+  assert {n for n in scored if n[2]} and all(tokens for tokens in scored.values())
 
 
 def test_steps_of_one_token_cannot_score():
