@@ -8,8 +8,11 @@ from batchjax.config import JobConfig
 from batchjax.jobs.job import hash_file
 
 
-def identity(config: JobConfig, input_path: str) -> dict[str, Any]:
-  """All that the output depends on; most engine settings change speed only and are left out."""
+def identity(config: JobConfig, input_path: str, limit: int | None = None) -> dict[str, Any]:
+  """All that the output depends on; most engine settings change speed only and are left out.
+
+  A limit is part of it: what prompts share, which usage shows, depends on all rows of the job.
+  """
   source = config.model
   model = {"name": source.name, "dtype": source.dtype, "shape": source.shape, "seed": source.seed,
            "split_special_tokens": source.split_special_tokens, "files": _hash_files(source.path)}
@@ -19,8 +22,8 @@ def identity(config: JobConfig, input_path: str) -> dict[str, Any]:
   settings = {"sampling": dataclasses.asdict(config.sampling), "seed": config.seed,
               "limits": dataclasses.asdict(config.limits), "strict": config.strict, "engine": engine,
               "chat_template": _hash_files(config.chat_template)}
-  return {"input": hash_file(input_path), "model": model,
-          "tokenizer": _hash_files(source.tokenizer), "settings": settings}
+  return {"input": hash_file(input_path), **({} if limit is None else {"limit": limit}),
+          "model": model, "tokenizer": _hash_files(source.tokenizer), "settings": settings}
 
 
 def _hash_files(path: str) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""What `scripts/plan.py` prints: a whole file planned window by window, on the host alone."""
+"""What `batchjax plan` prints: a whole file planned window by window, on the host alone."""
 
 import dataclasses
 import pathlib
@@ -17,7 +17,7 @@ from batchjax.report.terminal import printable
 
 
 def plan_file(config: JobConfig, input_path: str, directory: pathlib.Path, chip: Chip,
-              loaders: Loaders = Loaders()) -> dict[str, Any]:
+              loaders: Loaders = Loaders(), limit: int | None = None) -> dict[str, Any]:
   """Validates, tokenizes and plans a file; JSON values.
 
   Args:
@@ -26,10 +26,12 @@ def plan_file(config: JobConfig, input_path: str, directory: pathlib.Path, chip:
     directory: for the tokenized requests.
     chip: whose roofline predicts the seconds.
     loaders: how configuration and tokenizer are loaded.
+    limit: only the first so many rows; None plans all.
   """
   start = time.perf_counter()
   model, tokenizer = loaders.read(config.model)
-  prepared = prepare(input_path, directory / "requests.arrow", config, model, tokenizer)
+  prepared = prepare(input_path, directory / "requests.arrow", config, model, tokenizer,
+                     limit)
   prepared_secs = time.perf_counter() - start
   device_bytes = None if chip.name == "cpu" else int(memory.DEVICE_SHARE * chip.hbm_bytes)
   windows, engine = [], memory.settle(model, config.engine, chip, device_bytes)

@@ -35,7 +35,7 @@ class Prepared:
   """What one pass over the input found.
 
   Attributes:
-    num_rows: records of the file, bad ones included.
+    num_rows: records of the file that count, bad ones included.
     errors: the bad rows.
   """
 
@@ -44,7 +44,7 @@ class Prepared:
 
 
 def prepare(input_path: str, store_path: pathlib.Path, config: JobConfig, model: ModelConfig,
-            tokenizer: Tokenizer) -> Prepared:
+            tokenizer: Tokenizer, limit: int | None = None) -> Prepared:
   """Reads, validates and tokenizes every row once; good ones go to `store_path`.
 
   Args:
@@ -53,6 +53,7 @@ def prepare(input_path: str, store_path: pathlib.Path, config: JobConfig, model:
     config: defaults of sampling, name of the model, sizes that a row must fit.
     model: vocabulary and context of the model.
     tokenizer: of the model.
+    limit: only the first so many rows; None takes all.
 
   Raises:
     InputError: the file cannot be read at all.
@@ -63,7 +64,7 @@ def prepare(input_path: str, store_path: pathlib.Path, config: JobConfig, model:
   stops = StopBudget(model.vocab_size, config.limits.max_stop_table_bytes)
   duplicates, errors, num_rows = validate.DuplicateIds(), [], 0
   texts = (guarded(record, "", renderer.prompt_of, record)
-           for record in records.read(input_path, config.limits.max_line_bytes))
+           for record in records.read(input_path, config.limits.max_line_bytes, limit))
 
   def check(row: validate.Row, token_ids: np.ndarray) -> validate.Row | RowError:
     row = validate.fit_default(row, len(token_ids), model.max_len)

@@ -12,7 +12,7 @@ import jax
 import numpy as np
 
 from batchjax import report
-from batchjax.config import JobConfig, ModelConfig
+from batchjax.config import ConfigError, JobConfig, ModelConfig
 from batchjax.engine.device import chip_of, memory_limit
 from batchjax.engine.sampling_inputs import SamplingFeatures
 from batchjax.generation import generate
@@ -34,7 +34,7 @@ from batchjax.types import Request, StopTable
 
 
 def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str | None = None,
-        overwrite: bool = False, quiet: bool = False,
+        limit: int | None = None, overwrite: bool = False, quiet: bool = False,
         loaders: Loaders = Loaders()) -> job_lib.Finished:
   """Completes every row of a file; the same call again resumes where it stopped.
 
@@ -46,6 +46,8 @@ def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str
     input_path: `.jsonl`, `.jsonl.gz` or `.parquet`.
     output_path: likewise; written once all rows are done.
     error_path: rows that were bad; `default_error_path` when None.
+    limit: only the first so many rows of the input; None completes all. Part of what makes a job
+      the same job.
     overwrite: move the folder of an earlier job aside and start anew.
     quiet: show no progress.
     loaders: how the model is loaded.
@@ -54,6 +56,8 @@ def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str
     Interrupted: SIGINT or SIGTERM came; the step that ran then is finished and kept.
     InputError, ConfigError, BadRow, JobError: see there; no model was loaded.
   """
+  if limit is not None and limit < 1:
+    raise ConfigError(f"limit={limit} must be at least 1, or None for all rows")
   error_path = error_path or default_error_path(output_path)
   directory = pathlib.Path(f"{output_path}.job")
   _check_paths(input_path, output_path, error_path, directory)
@@ -62,8 +66,9 @@ def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str
     device = configure_jax()
     config = dataclasses.replace(config, engine=settle(
         model_config, config.engine, chip_of(device), memory_limit(device)))
-    with job_lib.open_job(directory, identity(config, input_path), overwrite=overwrite) as job:
-      prepared, requests = _prepare_once(job, input_path, config, model_config, tokenizer)
+    with job_lib.open_job(directory, identity(config, input_path, limit), overwrite=overwrite) as job:
+      prepared, requests = _prepare_once(job, input_path, config, model_config, tokenizer,
+                                         limit)
       with requests:
         done = job.begin(prepared.num_rows)
         for error in prepared.errors:
@@ -94,7 +99,8 @@ def _check_paths(input_path: str, output_path: str, error_path: str,
 
 
 def _prepare_once(job: job_lib.Job, input_path: str, config: JobConfig, model: ModelConfig,
-                  tokenizer: Tokenizer) -> tuple[prepare.Prepared, RequestReader]:
+                  tokenizer: Tokenizer, limit: int | None
+                  ) -> tuple[prepare.Prepared, RequestReader]:
   """Validated and tokenized rows; those of an earlier run of the job are used again if undamaged."""
   done_path, store_path = job.directory / folder.PREPARED, job.directory / folder.REQUESTS
   if done_path.exists():
@@ -107,7 +113,7 @@ def _prepare_once(job: job_lib.Job, input_path: str, config: JobConfig, model: M
     except (files.DamagedFile, TypeError) as e:  # TypeError: of another version
       logging.warning("%s: the input is tokenized again", e)
   try:
-    prepared = prepare.prepare(input_path, store_path, config, model, tokenizer)
+    prepared = prepare.prepare(input_path, store_path, config, model, tokenizer, limit)
     sha256 = job_lib.hash_file(store_path)
     files.write_sealed(done_path, {"job": job.id, "sha256": sha256} | dataclasses.asdict(prepared))
   except BaseException:

@@ -15,8 +15,8 @@ from batchjax.text.tokenizer import Tokenizer
 
 
 def score_file(config: JobConfig, input_path: str, output_path: str,
-               loaders: Loaders = Loaders()) -> int:
-  """Scores every row; returns how many. The whole file is held in memory.
+               loaders: Loaders = Loaders(), limit: int | None = None) -> int:
+  """Scores every row, or the first `limit`; returns how many. All are held in memory.
 
   Raises:
     BadRow: a row is bad; nothing was scored.
@@ -25,7 +25,7 @@ def score_file(config: JobConfig, input_path: str, output_path: str,
   files.check_paths(input_path, {"output": output_path})
   model_config, tokenizer = loaders.read(config.model)
   requests: dict[str, ScoreRequest] = {}
-  for record in records.read(input_path, config.limits.max_line_bytes):
+  for record in records.read(input_path, config.limits.max_line_bytes, limit):
     request = guarded(record, "", _parse, record, model_config, tokenizer, requests)
     if isinstance(request, RowError):
       raise BadRow(str(request))

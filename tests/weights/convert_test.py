@@ -1,4 +1,4 @@
-"""scripts/convert.py as a user runs it."""
+"""`batchjax convert` as a user runs it."""
 
 import json
 import os

@@ -1,4 +1,4 @@
-"""The scripts' shared frame: errors on one line, exit codes, streams that go away, hostile text."""
+"""The commands' shared frame: errors on one line, exit codes, streams that go away, hostile text."""
 
 import ast
 import json
@@ -18,7 +18,7 @@ HOSTILE = "\x1b]0;x\x07[red]\u202e\r\x9b2J\ud800"
 def context():
   """Children are forked where the modules are imported already."""
   context = multiprocessing.get_context("forkserver")
-  context.set_forkserver_preload(["tests.jobs.fake_folder", "batchjax.jobs.command_line"])
+  context.set_forkserver_preload(["tests.jobs.fake_folder", "batchjax.commands.command_line"])
   return context
 
 
@@ -116,6 +116,10 @@ def test_a_missing_model_package_is_its_pip_line(tmp_path, script, flags):
 def test_every_script_has_the_frame(script, name):
   code, stdout, stderr = script(name, "--help")
   assert (code, stderr) == (0, "") and "Exit codes: 0 " in stdout
+  required = {line.split("=")[0].strip() for line in stdout.splitlines() if "(required)" in line}
+  assert required == {flag for flag in ("--config", "--input", "--output", "--job", "--source", "--target",
+                                        "--workload") if f"  {flag}=" in stdout} - (
+      {"--output"} if name == "plan" else set())
   code, stdout, stderr = script(name, "--no_such_\x1b")
   assert (code, stdout) == (2, "") and is_one_line(stderr) and r"\x1b" in stderr
 
@@ -148,7 +152,7 @@ def test_exit_codes_of_a_job(tmp_path, script, flags, expected):
     ("batchjax.jobs.prepare.prepare", 130), ("batchjax.io.files.write_sealed", 130),
     ("tests.jobs.fake_folder.load_model", 130), ("tests.jobs.fake_folder.complete", 130),
     ("batchjax.io.files.write_rows", 130), ("batchjax.io.files.sync_directory", 130),
-    ("batchjax.report.to_text", 130), ("batchjax.jobs.command_line.job_config", 130)])
+    ("batchjax.report.to_text", 130), ("batchjax.commands.command_line.job_config", 130)])
 def test_an_interrupt_in_any_phase(tmp_path, script, flags, expected, at, code):
   found, stdout, stderr = script("run", *flags, signal_at=at)
   assert found == code and "Traceback" not in stderr and "stopped" in stderr.splitlines()[-1], stderr
