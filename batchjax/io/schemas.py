@@ -19,7 +19,7 @@ _BATCH_CHOICE = pa.struct({
     "finish_reason": _TEXT, "logprobs": _BATCH_LOGPROBS, "token_ids": _TOKENS})
 _BODY = pa.struct({
     "id": _TEXT, "object": _TEXT, "created": _INT, "model": _TEXT,
-    "choices": pa.list_(_BATCH_CHOICE), "usage": _USAGE, "error": _ERROR})
+    "choices": pa.list_(_BATCH_CHOICE), "usage": _USAGE, "metadata": _TEXT, "error": _ERROR})
 
 _PLAIN_TOKEN = {"token_id": pa.int32(), "token": _TEXT, "logprob": _FLOAT}
 _PLAIN_LOGPROBS = pa.list_(pa.struct(
@@ -37,6 +37,9 @@ _OUTPUT_COLUMNS = {
         "response": pa.struct({"status_code": _INT, "request_id": _TEXT, "body": _BODY}),
         "error": _ERROR},
 }
+
+# The fields that rows of any form have of their own.
+OUTPUT_NAMES = frozenset(name for columns in _OUTPUT_COLUMNS.values() for name in columns)
 
 REQUEST_SCHEMA = pa.schema({
     "index": pa.int64(), "row": pa.int64(), "request_id": _TEXT, "sampling_params": _TEXT, "seed": pa.uint32(),

@@ -17,6 +17,7 @@ import numpy as np
 from batchjax.io import files
 from batchjax.io import journal
 from batchjax.io import records
+from batchjax.io.carried import Carried
 from batchjax.jobs import folder
 from batchjax.jobs.folder import JobError
 
@@ -103,13 +104,19 @@ class Job:
     """Records the error object of a row; raises JournalError if the row has one already."""
     self._journal.append(index, "error", error)
 
-  def finish(self, output_path: str | Path, error_path: str | Path) -> Finished:
+  def finish(self, output_path: str | Path, error_path: str | Path,
+             carried: Carried | None = None) -> Finished:
     """Writes both files in input order, each atomically, where they are not there as written before.
 
     The error file is written even if it is empty, so that none is left from before.
 
+    Args:
+      output_path: for the completions.
+      error_path: for the bad rows.
+      carried: what the rows of the input carry through to either.
+
     Raises:
-      JobError: rows are unfinished.
+      JobError: rows are unfinished, or the input is not what it was when the job began.
       InputError: a path cannot be written.
     """
     finished = self._journal.finished_rows
@@ -122,11 +129,18 @@ class Job:
     to_write = [kind for kind, path in paths.items() if not before or _seal(path) != before[kind]]
     for kind in to_write:
       files.check_output(paths[kind])
+    if carried and to_write and hash_file(carried.path) != self._manifest["identity"]["input"]:
+      raise JobError(f"{carried.path} was changed while the job ran, and the output has fields of its "
+                     "rows: put back what it was and run the same command again; finished rows are kept")
     for kind in to_write:
       if before:
         logging.warning("%s is not as this job wrote it: written again from the journal", paths[kind])
       self._journal.sync()
-      files.write_rows(paths[kind], self._journal.rows(kind))
+      rows = self._journal.rows(kind)
+      if carried:
+        files.write_rows(paths[kind], carried.join(rows), carried.types)
+      else:
+        files.write_rows(paths[kind], rows)
     counts = [self._journal.num_finished(kind) for kind in paths]
     if to_write:
       self._manifest = self._manifest | {"finished": {"num_outputs": counts[0]} | {

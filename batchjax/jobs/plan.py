@@ -50,6 +50,7 @@ def plan_file(config: JobConfig, input_path: str, directory: pathlib.Path, chip:
   return {
       "rows": prepared.num_rows, "requests": num_requests,
       "errors": [str(error) for error in prepared.errors],
+      "carried": list(prepared.carried),
       "windows": len(windows), **totals,
       "decode_tokens_at_most": sum(w["decode_tokens_at_most"] for w in windows),
       "shared_nodes": sum(w["shared_nodes"] for w in windows),
@@ -69,6 +70,7 @@ def to_text(plan: dict[str, Any]) -> str:
   lines = [
       f"rows      {plan['rows']:,}: {plan['requests']:,} requests, {len(plan['errors']):,} errors",
       *(f"          {printable(error)}" for error in plan["errors"][:10]),
+      *([f"carried   {printable(', '.join(plan['carried'][:20]))}"] if plan["carried"] else []),
       f"prompt    {asked:,} tokens asked, {computed:,} computed "
       f"({1 - computed / max(asked, 1):.1%} shared), {plan['optimum']:,} at best",
       f"output    {plan['decode_tokens_at_most']:,} tokens at most",

@@ -10,7 +10,7 @@ import numpy as np
 
 from batchjax.cache.page_table import pages_for
 from batchjax.config import ConfigError, JobConfig, ModelConfig
-from batchjax.io import records, validate
+from batchjax.io import carried, records, validate
 from batchjax.io.fields import InvalidField, one_line
 from batchjax.io.records import Record, RowError
 from batchjax.io.store import RequestReader, RequestWriter
@@ -37,10 +37,12 @@ class Prepared:
   Attributes:
     num_rows: records of the file that count, bad ones included.
     errors: the bad rows.
+    carried: names under which rows carry something through to the output (`io.carried`).
   """
 
   num_rows: int
   errors: tuple[RowError, ...]
+  carried: tuple[str, ...] = ()
 
 
 def prepare(input_path: str, store_path: pathlib.Path, config: JobConfig, model: ModelConfig,
@@ -63,7 +65,16 @@ def prepare(input_path: str, store_path: pathlib.Path, config: JobConfig, model:
   renderer = _Renderer(config, tokenizer)
   stops = StopBudget(model.vocab_size, config.limits.max_stop_table_bytes)
   duplicates, errors, num_rows = validate.DuplicateIds(), [], 0
-  texts = (guarded(record, "", renderer.prompt_of, record)
+  names = carried.Names(config.limits)
+
+  def text_of(record: Record) -> _Text | RowError:
+    names.add(record)
+    text = renderer.prompt_of(record)
+    if not isinstance(text, RowError):
+      names.check(record)
+    return text
+
+  texts = (guarded(record, "", text_of, record)
            for record in records.read(input_path, config.limits.max_line_bytes, limit))
 
   def check(row: validate.Row, token_ids: np.ndarray) -> validate.Row | RowError:
@@ -85,7 +96,7 @@ def prepare(input_path: str, store_path: pathlib.Path, config: JobConfig, model:
           raise BadRow(str(row))
         else:
           errors.append(row)
-  return Prepared(num_rows, tuple(errors))
+  return Prepared(num_rows, tuple(errors), tuple(names))
 
 
 class _Text(NamedTuple):

@@ -17,6 +17,7 @@ from batchjax.engine.device import chip_of, memory_limit
 from batchjax.engine.sampling_inputs import SamplingFeatures
 from batchjax.generation import generate
 from batchjax.io import files, output, records
+from batchjax.io.carried import Carried
 from batchjax.io.records import InputError, RowError
 from batchjax.io.store import RequestReader, StoredRow
 from batchjax.jobs import folder
@@ -69,6 +70,8 @@ def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str
     with job_lib.open_job(directory, identity(config, input_path, limit), overwrite=overwrite) as job:
       prepared, requests = _prepare_once(job, input_path, config, model_config, tokenizer,
                                          limit)
+      if prepared.carried:
+        logging.info("carried through to the output: %s", ", ".join(prepared.carried[:20]))
       with requests:
         done = job.begin(prepared.num_rows)
         for error in prepared.errors:
@@ -78,7 +81,8 @@ def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str
         if len(left):
           _complete(job, requests, left, prepared, config, model_config, tokenizer, quiet, loaders,
                     stop)
-      return job.finish(output_path, error_path)
+      return job.finish(output_path, error_path, Carried(
+          input_path, prepared.carried, config.limits.max_line_bytes, limit))
 
 
 def default_error_path(output_path: str) -> str:
@@ -105,10 +109,11 @@ def _prepare_once(job: job_lib.Job, input_path: str, config: JobConfig, model: M
   done_path, store_path = job.directory / folder.PREPARED, job.directory / folder.REQUESTS
   if done_path.exists():
     try:
-      values = files.read_sealed(done_path, "job", "sha256", "num_rows", "errors")
+      values = files.read_sealed(done_path, "job", "sha256", "num_rows", "errors", "carried")
       if values["job"] != job.id:
         raise files.DamagedFile(f"{done_path} is another job's")
-      return (prepare.Prepared(values["num_rows"], tuple(RowError(**e) for e in values["errors"])),
+      return (prepare.Prepared(values["num_rows"], tuple(RowError(**e) for e in values["errors"]),
+                               tuple(values["carried"])),
               RequestReader(store_path, values["sha256"]))
     except (files.DamagedFile, TypeError) as e:  # TypeError: of another version
       logging.warning("%s: the input is tokenized again", e)
