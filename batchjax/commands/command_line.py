@@ -152,6 +152,8 @@ def _explain(error: Exception, path: str) -> str:
       "Error whilst parsing config file", "Configuration is not available")):
     error = inner
   if isinstance(error, flags.Error):
+    if missing := re.findall(r"Flag (--\w+) must have a value other than None", str(error)):
+      return f"{', '.join(missing)} must be given; see --help"
     name = re.match(r"flag --config\.([\w.]+)=", str(error))
     field = help_text.fields().get(name[1]) if name else None
     return f"{error}; " + (f"it takes {field.kind}" if field else "see --help")

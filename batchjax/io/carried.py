@@ -13,11 +13,10 @@ import pyarrow.parquet as pq
 
 from batchjax.config import RowLimits
 from batchjax.io import records
-from batchjax.io.fields import ENVELOPE, InvalidField, one_line, READ
+from batchjax.io.fields import ENVELOPE, InvalidField, is_carried, one_line
 from batchjax.io.journal import JournalRows
 from batchjax.io.json_rows import dump
 from batchjax.io.records import Record, RowError
-from batchjax.io.schemas import OUTPUT_NAMES
 
 _MAX_NAMES = 1000
 # What is not nested so deeply can be written, however deep the stack is then.
@@ -32,8 +31,7 @@ def is_batch_line(value: dict[str, Any]) -> bool:
 def of_row(value: dict[str, Any]) -> dict[str, Any]:
   """What a row carries, by name."""
   if not is_batch_line(value):
-    return {name: item for name, item in value.items()
-            if name not in READ and name not in OUTPUT_NAMES}
+    return {name: item for name, item in value.items() if is_carried(name)}
   body = value.get("body")
   metadata = body.get("metadata") if isinstance(body, dict) else None
   return {} if metadata is None else {"metadata": metadata}

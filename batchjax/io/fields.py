@@ -31,7 +31,6 @@ FIELDS: dict[Form, set[str]] = {
     "plain": _COMMON | _CHAT | {"id", "prompt", "prompt_token_ids", "echo", "top_logprobs",
                                 "prompt_logprobs"},
 }
-# Of a plain row; what else it holds is carried through to its output.
 READ = FIELDS["plain"] - _IGNORED
 ENVELOPE = {"custom_id", "method", "url", "body"}  # of an OpenAI batch line
 _OTHER_URL = {"chat": "/v1/completions", "completions": "/v1/chat/completions"}
@@ -57,7 +56,7 @@ _OTHER_NAMES = {
     "temp": "temperature", "random_seed": "seed", "input_ids": "prompt_token_ids",
     "eos_token_id": "stop_token_ids"}
 # From here on two names are taken for one misspelt; "prompt_id" and "prompt" are 0.857.
-_LEAST_LIKENESS = 0.86
+_LEAST_LIKENESS, _LONGEST_LIKE = 0.86, 40
 
 
 class InvalidField(ValueError):
@@ -133,6 +132,12 @@ def _near(name: str, form: Form) -> tuple[str, ...]:
       _letters(name), spelt, cutoff=_LEAST_LIKENESS))
 
 
+def is_carried(name: str) -> bool:
+  """Whether a plain row may have a field that is not read, so that it goes into its output as it is."""
+  return not (name in READ or name in OUTPUT_NAMES or name in _UNSUPPORTED
+              or len(name) <= _LONGEST_LIKE and _near(name, "plain"))
+
+
 def _letters(name: str) -> str:
   return re.sub(r"[\W_]", "", name.lower())
 
@@ -140,9 +145,11 @@ def _letters(name: str) -> str:
 def check_names(fields: dict[str, Any], form: Form) -> None:
   """Raises InvalidField for a field that this form does not have, naming near misses.
 
-  A plain row may have any that is no field of the output and not like one that is read.
+  A plain row may have any that `is_carried`.
   """
   for name in sorted(set(fields) - FIELDS[form]):
+    if form == "plain" and is_carried(name):
+      continue
     if name in _UNSUPPORTED:
       raise InvalidField(name, f"{name} is not supported: remove it", "unsupported")
     other = _OTHER_URL.get(form)
@@ -153,8 +160,6 @@ def check_names(fields: dict[str, Any], form: Form) -> None:
       raise InvalidField(name, f"{name} is a field of the output: rename it, or move it into metadata, "
                          "which is carried through", "unknown_field")
     near = _near(name, form)
-    if form == "plain" and not near:
-      continue
     remedy = (f"did you mean {' or '.join(near)}? What is to be carried through goes into metadata"
               if near else "remove it, or move it into metadata, which is carried through")
     where = "this row" if form == "plain" else f"the body of a {form} request"

@@ -87,6 +87,11 @@ def test_bad_flags_are_one_line(tmp_path, script, flags, more, message):
   assert set(tmp_path.iterdir()) - before <= {tmp_path / "stdout", tmp_path / "stderr"}
 
 
+def test_flags_that_are_missing_are_one_line(script):
+  code, stdout, stderr = script("run", "--output=o.jsonl")
+  assert (code, stdout, stderr) == (2, "", "error: --config, --input must be given; see --help\n")
+
+
 @pytest.mark.parametrize("text, message", [
     (None, "config.py cannot be read: check the path"),
     ("def get_config():\n  return 1 / 0", "line 2: ZeroDivisionError: division by zero: mend the file"),

@@ -38,6 +38,13 @@ def test_a_plain_row_carries_what_is_not_read():
   assert carried.of_row(row) == LABELS
 
 
+def test_a_refused_field_is_not_carried():
+  for name in ("max_token", "do_sample", "text", "max_new_tokens"):
+    assert not isinstance(parse({"prompt": "x", name: 1}), validate.Row)
+    assert carried.of_row({"prompt": "x", name: 1, "label": 2}) == {"label": 2}
+  assert carried.of_row({"max_tokens" * 1000: 1}) == {"max_tokens" * 1000: 1}
+
+
 def test_a_batch_line_carries_its_metadata_alone():
   line = {"custom_id": "a", "method": "POST", "url": "/v1/completions",
           "body": {"prompt": "x", "metadata": {"k": "v"}, "user": "u"}}
