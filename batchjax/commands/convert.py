@@ -44,22 +44,28 @@ def main(args: flags.FlagValues) -> None:
   """Writes the model."""
   logging.set_verbosity(logging.WARNING)  # Orbax tells every step
   source, target = (pathlib.Path(path).expanduser() for path in (args.source, args.target))
-  if target.exists() and (not target.is_dir() or any(target.iterdir())):
-    if not args.overwrite:
-      raise ConfigError(f"--target={target} exists and is not an empty folder: name another, or "
-                        "move it aside with --overwrite")
-    logging.warning("%s is moved to %s", target, folder.move_aside(target))
+  if _is_taken(target) and not args.overwrite:
+    raise ConfigError(f"--target={target} exists and is not an empty folder: name another, or move "
+                      "it aside with --overwrite")
+  if source.resolve().is_relative_to(target.resolve()):
+    raise ConfigError(f"--target={target} holds the source: name another")
   convert(source, target, args.format, args.dtype)
+
+
+def _is_taken(target: pathlib.Path) -> bool:
+  return target.exists() and (not target.is_dir() or any(target.iterdir()))
 
 
 def convert(path: pathlib.Path, target: pathlib.Path, target_format: str,
             dtype: str | None) -> None:
-  """Writes the model at `path` and its text files to `target`."""
+  """Writes the model at `path` and its text files to `target`; what stands there is moved aside."""
   source = ModelSource(str(path))
   source = dataclasses.replace(source, dtype=dtype or stored_dtype(source))
   is_bare = source_format(source) == "orbax" and not (path / "config.json").exists()
   hf_config = None if is_bare and target_format == "orbax" else load_hf_config(source)
   model = load_model(source)
+  if _is_taken(target):
+    logging.warning("%s is moved to %s", target, folder.move_aside(target))
   if target_format == "hf":
     save_hf(str(target), model, hf_config)
   else:
