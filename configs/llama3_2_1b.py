@@ -1,6 +1,6 @@
 """Llama-3.2-1B with random weights, bfloat16, for one GPU of 80 GB or more.
 
-    python scripts/bench.py --config=configs/llama3_2_1b.py --workload=samples \
+    batchjax bench --config=llama3_2_1b --workload=samples \
         --num_prompts=128 --prompt_len=900 --num_samples=64 --output_len=256 --measure_ceilings
 
 prints one line of JSON. Weights take 2.3 GiB, the KV pool (32 KiB a token) what the largest step

@@ -1,6 +1,6 @@
 """Llama-3-8B with random weights, bfloat16, for one GPU of 80 GB or more.
 
-    python scripts/bench.py --config=configs/llama3_8b.py --workload=prefix_groups \
+    batchjax bench --config=llama3_8b --workload=prefix_groups \
         --num_requests=1024 --prefix_len=2000 --share_degree=16 --distinct_len=200 \
         --output_len=100 --measure_ceilings
 

@@ -1,6 +1,6 @@
 """Qwen3-0.6B with random weights, bfloat16, for one GPU of 80 GB or more.
 
-    python scripts/bench.py --config=configs/qwen3_0_6b.py --workload=multi_level \
+    batchjax bench --config=qwen3_0_6b --workload=multi_level \
         --num_documents=64 --questions_per_document=16 --measure_ceilings
 
 prints one line of JSON. Weights take 1.1 GiB, the KV pool (112 KiB a token) what the largest step

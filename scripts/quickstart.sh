@@ -16,9 +16,8 @@ echo "installing into $venv ..."
 export JAX_PLATFORMS=cpu
 out=quickstart/completions.jsonl
 mkdir -p quickstart
-"$venv/bin/python" scripts/run.py --config=configs/smollm2_135m.py \
-  --input=configs/examples/gsm8k_64.jsonl --output="$out" "$@"
-"$venv/bin/python" scripts/report.py --job="$out.job" --html=quickstart/report.html > /dev/null
+"$venv/bin/batchjax" run --config=smollm2_135m --input=gsm8k_64 --output="$out" "$@"
+"$venv/bin/batchjax" report --job="$out.job" --html=quickstart/report.html > /dev/null
 echo
 "$venv/bin/python" - "$out" configs/examples/gsm8k_64.jsonl <<'PY'
 import json, sys, textwrap

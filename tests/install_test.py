@@ -65,7 +65,7 @@ def wheel(tmp_path_factory) -> pathlib.Path:
   for name in PACKAGES:
     shutil.copytree(ROOT / name, folder / "tree" / name,
                     ignore=shutil.ignore_patterns("__pycache__"))
-  for name in ("setup.py", "pyproject.toml", "LICENSE"):
+  for name in ("setup.py", "pyproject.toml", "README.md", "LICENSE"):
     shutil.copy(ROOT / name, folder / "tree")
   python(folder / "tree", sys.executable, "-c",
          f"from setuptools import build_meta; build_meta.build_wheel({str(folder)!r})")
@@ -74,20 +74,45 @@ def wheel(tmp_path_factory) -> pathlib.Path:
 
 def test_wheel_holds_every_file_of_the_packages(wheel):
   held = {name for name in zipfile.ZipFile(wheel).namelist() if ".dist-info/" not in name}
-  assert held == {str(path.relative_to(ROOT)) for name in PACKAGES
-                  for path in (ROOT / name).rglob("*")
-                  if path.is_file() and path.suffix not in (".md", ".pyc")}
+  packages = {str(path.relative_to(ROOT)) for name in PACKAGES for path in (ROOT / name).rglob("*")
+              if path.is_file() and path.suffix not in (".md", ".pyc")
+              and "configs" not in path.relative_to(ROOT).parts}
+  configs = {f"batchjax/{path.relative_to(ROOT)}" for path in (ROOT / "configs").rglob("*")
+             if path.is_file() and path.suffix != ".pyc"}
+  assert configs and held == packages | configs
 
 
-def test_installed_wheel_runs_a_job_and_writes_its_page(wheel, tmp_path):
-  environment, folder = tmp_path / "environment", tmp_path / "folder"
+@pytest.fixture(scope="module")
+def environment(wheel, tmp_path_factory) -> pathlib.Path:
+  """With the wheel installed."""
+  environment = tmp_path_factory.mktemp("environment")
   venv.create(environment)
   site, = environment.glob("lib/python*/site-packages")
   # Dependencies only: an editable install works through a .pth of its own, which is not read here.
   (site / "dependencies.pth").write_text(
       "\n".join(path for path in sys.path if path.endswith("-packages")))
-  python(tmp_path, sys.executable, "-m", "pip", "--python", environment / "bin/python", "install",
+  python(environment, sys.executable, "-m", "pip", "--python", environment / "bin/python", "install",
          "--quiet", "--disable-pip-version-check", "--no-deps", "--no-index", wheel)
-  folder.mkdir()
-  printed = python(folder, environment / "bin/python", "-c", JOB)
+  return environment
+
+
+def test_installed_wheel_runs_a_job_and_writes_its_page(environment, tmp_path):
+  site, = environment.glob("lib/python*/site-packages")
+  printed = python(tmp_path, environment / "bin/python", "-c", JOB)
   assert printed.splitlines()[0] == f"{site} {site}"
+
+
+def test_installed_console_script_finds_a_configuration_and_its_input(environment, tmp_path):
+  batchjax = environment / "bin/batchjax"
+  show = "from importlib.metadata import metadata as m; print(m('batchjax')['Version'])"
+  version = python(tmp_path, environment / "bin/python", "-c", show)
+  assert python(tmp_path, batchjax, "--version") == f"batchjax {version}"
+  assert python(tmp_path, environment / "bin/python", "-m", "batchjax") == python(tmp_path, batchjax)
+  plan = python(tmp_path, batchjax, "plan", "--config=smollm2_135m", "--input=gsm8k_64", "--limit=3")
+  assert plan.startswith("rows      3: 3 requests, 0 errors")
+
+
+def test_readme_is_the_description_of_the_wheel(wheel):
+  with zipfile.ZipFile(wheel) as held:
+    name, = (name for name in held.namelist() if name.endswith(".dist-info/METADATA"))
+    assert held.read(name).decode().endswith((ROOT / "README.md").read_text())

@@ -1,4 +1,4 @@
-"""Workloads of uniform random tokens, by name: what `scripts/bench.py` runs. numpy only.
+"""Workloads of uniform random tokens, by name: what `batchjax bench` runs. numpy only.
 
 Every workload is a function of its flags, a vocabulary and a seed. All rows run
 to their last token (`ignore_eos`), so the work of a job does not depend on weights.

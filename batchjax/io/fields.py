@@ -2,11 +2,14 @@
 
 import dataclasses
 import difflib
+import functools
 import hashlib
 import json
+import re
 from typing import Any, Literal, NoReturn
 
 from batchjax.config import RowLimits
+from batchjax.io.schemas import OUTPUT_NAMES
 from batchjax.types import SamplingParams
 
 Form = Literal["chat", "completions", "plain", "score", "choices", "document"]
@@ -14,6 +17,7 @@ Form = Literal["chat", "completions", "plain", "score", "choices", "document"]
 _INTEGERS = {"top_k", "n", "max_tokens", "max_completion_tokens", "min_tokens", "seed",
              "top_logprobs"}
 
+# They change no completion.
 _IGNORED = {"user", "metadata", "store", "service_tier", "safety_identifier", "prompt_cache_key"}
 _SCALARS = {"temperature", "top_k", "top_p", "min_p", "n", "max_tokens", "min_tokens", "ignore_eos",
             "presence_penalty", "frequency_penalty", "repetition_penalty"}
@@ -29,11 +33,32 @@ FIELDS: dict[Form, set[str]] = {
     "score": _IGNORED | _CHAT | {"id", "model", "prompt", "prompt_token_ids", "text", "continuation",
                                  "continuations", "continuation_token_ids"},
 }
+READ = {form: FIELDS[form] - _IGNORED for form in ("plain", "score")}
+ENVELOPE = {"custom_id", "method", "url", "body"}  # of an OpenAI batch line
 _OTHER_URL = {"chat": "/v1/completions", "completions": "/v1/chat/completions"}
 # Fields of the OpenAI API that change what a completion is, so that none may be dropped in silence.
 _UNSUPPORTED = {"response_format", "tool_choice", "functions", "function_call", "best_of", "suffix",
                 "parallel_tool_calls", "modalities", "audio", "prediction", "reasoning_effort",
-                "web_search_options", "stream_options", "verbosity"}
+                "web_search_options", "stream_options", "verbosity",
+                # of other engines
+                "do_sample", "num_beams", "use_beam_search", "length_penalty", "early_stopping",
+                "no_repeat_ngram_size", "typical_p", "top_a", "mirostat", "bad_words",
+                "allowed_token_ids", "logits_processors", "guided_json", "guided_regex",
+                "guided_choice", "guided_grammar", "structured_outputs", "grammar", "json_schema",
+                "truncate_prompt_tokens", "include_stop_str_in_output", "skip_special_tokens",
+                "add_generation_prompt", "continue_final_message", "chat_template"}
+# What other engines call a field.
+_OTHER_NAMES = {
+    **dict.fromkeys(("max_new_tokens", "max_output_tokens", "max_length", "max_gen_len", "n_predict",
+                     "num_predict"), "max_tokens"),
+    **dict.fromkeys(("min_new_tokens", "min_length"), "min_tokens"),
+    **dict.fromkeys(("stop_sequences", "stop_strings", "stop_words"), "stop"),
+    **dict.fromkeys(("repeat_penalty", "rep_pen"), "repetition_penalty"),
+    **dict.fromkeys(("num_return_sequences", "num_samples", "num_completions"), "n"),
+    "temp": "temperature", "random_seed": "seed", "input_ids": "prompt_token_ids",
+    "eos_token_id": "stop_token_ids"}
+# From here on two names are taken for one misspelt; "prompt_id" and "prompt" are 0.857.
+_LEAST_LIKENESS, _LONGEST_LIKE = 0.86, 40
 
 
 class InvalidField(ValueError):
@@ -97,18 +122,49 @@ def check_sizes(fields: dict[str, Any], limits: RowLimits) -> None:
       require_at_most(name, len(text), "characters", limits, "max_stop_chars")
 
 
+@functools.lru_cache(4096)  # most rows have the same fields
+def _near(name: str, form: Form) -> tuple[str, ...]:
+  """The fields that a name is likely to mean; in rows that carry others only where it can be nothing else."""
+  if form != "score" and name in _OTHER_NAMES:
+    return (_OTHER_NAMES[name],)
+  if form not in READ:
+    return tuple(difflib.get_close_matches(name, sorted(FIELDS[form])))
+  spelt = {_letters(field): field for field in sorted(READ[form])}
+  return tuple(spelt[letters] for letters in difflib.get_close_matches(
+      _letters(name), spelt, cutoff=_LEAST_LIKENESS))
+
+
+def is_carried(name: str, form: Form) -> bool:
+  """Whether a row ("plain" or "score") may have a field that is not read, and that its output gets as it is."""
+  return not (name in READ[form] or name in OUTPUT_NAMES[form]
+              or form == "plain" and name in _UNSUPPORTED
+              or len(name) <= _LONGEST_LIKE and _near(name, form))
+
+
+def _letters(name: str) -> str:
+  return re.sub(r"[\W_]", "", name.lower())
+
+
 def check_names(fields: dict[str, Any], form: Form) -> None:
-  """Raises InvalidField for a field that this form does not have, naming near misses."""
+  """Raises InvalidField for a field that this form does not have, naming near misses.
+
+  A row that is no request of the API may have any that `is_carried`.
+  """
   for name in sorted(set(fields) - FIELDS[form]):
+    if form in READ and is_carried(name, form):
+      continue
     if name in _UNSUPPORTED:
       raise InvalidField(name, f"{name} is not supported: remove it", "unsupported")
     other = _OTHER_URL.get(form)
     if other and name in FIELDS["completions" if form == "chat" else "chat"]:
       raise InvalidField(name, f"{name} belongs to requests of {other}: change the url, or remove "
                          f"{name}", "unknown_field")
-    near = difflib.get_close_matches(name, sorted(FIELDS[form]))
-    remedy = f"did you mean {' or '.join(near)}?" if near else (
-        "remove it, or move it into metadata, which is ignored")
+    if form in READ and name in OUTPUT_NAMES[form]:
+      raise InvalidField(name, f"{name} is a field of the output: rename it, or move it into metadata, "
+                         "which is carried through", "unknown_field")
+    near = _near(name, form)
+    remedy = (f"did you mean {' or '.join(near)}? What is to be carried through goes into metadata"
+              if near else "remove it, or move it into metadata, which is carried through")
     where = {"plain": "this row", "score": "a row to score"}.get(
         form, f"the body of a {form} request")
     raise InvalidField(name, f"{name} is not a field of {where}: {remedy}", "unknown_field")

@@ -4,29 +4,28 @@ A job's own files are opened by `open_regular` alone, so that a link or a pipe p
 them is neither followed nor opened.
 """
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 import contextlib
 import errno
 import gzip
 import io
-import itertools
 import json
 import os
 from pathlib import Path
 import stat
+import types as types_lib
 from typing import Any, BinaryIO
 import zlib
 
 import pyarrow as pa
-import pyarrow.parquet as pq
 
+from batchjax.io import parquet_output
 from batchjax.io import paths
 from batchjax.io import records
-from batchjax.io import schemas
+from batchjax.io.json_rows import dump
 from batchjax.io.paths import InputError
 from batchjax.io.records import file_format
 
-_PARQUET_BATCH_ROWS = 1024
 _KINDS = {stat.S_IFLNK: "a symbolic link", stat.S_IFIFO: "a pipe", stat.S_IFDIR: "a directory",
           stat.S_IFSOCK: "a socket"}
 
@@ -37,11 +36,6 @@ class DamagedFile(RuntimeError):
 
 class NotRegular(OSError):
   """A link, a pipe or a directory stands where a file should; the message names the remedy."""
-
-
-def dump(value: Any) -> str:
-  """The one compact JSON text of a value; raises ValueError for NaN and infinities."""
-  return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
 
 
 def check_regular(path: Path) -> None:
@@ -186,19 +180,21 @@ def check_paths(input_path: str, outputs: dict[str, str]) -> None:
       raise InputError(f"{path} is the input under another name: name another file")
 
 
-def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
+def write_rows(path: Path, rows: Iterable[dict[str, Any]],
+               types: Mapping[str, pa.DataType] = types_lib.MappingProxyType({})) -> None:
   """Writes rows atomically as .jsonl, .jsonl.gz or .parquet; equal rows make equal bytes.
 
   Args:
     path: where to; a file that is there is replaced, where it is a link that which it names.
-    rows: as `output` formats them; iterated twice for Parquet, whose columns
-      are those of the row forms that occur.
+    rows: as `output` formats them, perhaps with further fields; iterated twice for Parquet, whose
+      columns are those of the row forms that occur, and the further fields.
+    types: of further fields in Parquet; see `parquet_output.write`.
   """
   check_output(path)
   suffix = file_format(path)
   with atomic(Path(os.path.realpath(path))) as f:
     if suffix == ".parquet":
-      _write_parquet(f, rows)
+      parquet_output.write(f, rows, types)
     elif suffix == ".jsonl.gz":
       with gzip.GzipFile("", "wb", compresslevel=6, fileobj=f, mtime=0) as packed:
         _write_lines(packed, rows)
@@ -209,19 +205,3 @@ def write_rows(path: Path, rows: Iterable[dict[str, Any]]) -> None:
 def _write_lines(f: io.BufferedIOBase, rows: Iterable[dict[str, Any]]) -> None:
   for row in rows:
     f.write(dump(row).encode("utf-8") + b"\n")
-
-
-def _form(row: dict[str, Any]) -> str:
-  """The entry of `schemas.output_schema` that holds an output row."""
-  if "custom_id" in row:
-    return "batch"
-  return "score" if "token_logprobs" in row.get("choices", [row])[0] else "plain"
-
-
-def _write_parquet(f: BinaryIO, rows: Iterable[dict[str, Any]]) -> None:
-  forms = {_form(row) for row in rows}
-  schema = schemas.output_schema(forms or {"batch"})
-  with pq.ParquetWriter(f, schema, compression="zstd") as writer:
-    remaining = iter(rows)
-    while batch := list(itertools.islice(remaining, _PARQUET_BATCH_ROWS)):
-      writer.write_table(pa.Table.from_pylist(batch, schema))

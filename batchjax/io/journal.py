@@ -141,16 +141,16 @@ class Journal:
 
 
 class JournalRows:
-  """The rows of one kind in input order; may be iterated more than once."""
+  """The rows of one kind in input order, the places of the `indices`; may be iterated more than once."""
 
   def __init__(self, path: Path, fd: int, offsets: np.ndarray, indices: np.ndarray):
-    self._path, self._fd, self._offsets, self._indices = path, fd, offsets, indices
+    self._path, self._fd, self._offsets, self.indices = path, fd, offsets, indices
 
   def __iter__(self) -> Iterator[dict[str, Any]]:
-    if not len(self._indices):  # an empty file cannot be mapped
+    if not len(self.indices):  # an empty file cannot be mapped
       return
     with mmap.mmap(self._fd, 0, access=mmap.ACCESS_READ) as lines:
-      for index in self._indices:
+      for index in self.indices:
         start = self._offsets[index]
         try:
           yield parse_line(lines[start:lines.find(b"\n", start) + 1]).value

@@ -1,12 +1,27 @@
 """The rows of a JSONL file, each by itself."""
 
 from collections.abc import Iterator
+import datetime
 import json
 from typing import Any, BinaryIO
 
 from batchjax.io.fields import InvalidField
 
 _CHUNK_BYTES = 1 << 18
+
+
+def dump(value: Any) -> str:
+  """The one compact JSON text of a value, times in ISO 8601; raises ValueError for NaN and infinities."""
+  return json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"), default=_text)
+
+
+def _text(value: Any) -> str:
+  """What Parquet has values of and JSON does not."""
+  if isinstance(value, (datetime.date, datetime.time)):
+    return value.isoformat()
+  if isinstance(value, datetime.timedelta):
+    return str(value)
+  raise TypeError(f"JSON has no value for a {type(value).__name__}")
 
 
 def json_rows(source: BinaryIO, max_bytes: int

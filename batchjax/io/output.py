@@ -41,6 +41,7 @@ def format_completion(row: StoredRow, completion: Completion, *, tokenizer: Toke
     with the API's response object; for a plain row `{"id", "text",
     "finish_reason", "usage"}`, with `choices` in place of text and finish
     reason where n > 1. `usage...cached_tokens` is the completion's number.
+    What the row carries is added as the file is written (`io.carried`).
   """
   format_fn = _plain if row.form == "plain" else _batch
   return format_fn(row, completion, tokenizer, job_id)

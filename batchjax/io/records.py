@@ -3,6 +3,7 @@
 from collections.abc import Iterator
 import dataclasses
 import gzip
+import itertools
 from typing import Any, BinaryIO
 
 from etils import epath
@@ -68,7 +69,8 @@ def file_format(path: epath.PathLike) -> str:
                    f"{', '.join(FORMATS)}; rename or convert the file")
 
 
-def read(path: epath.PathLike, max_row_bytes: int = RowLimits.max_line_bytes) -> Iterator[Record]:
+def read(path: epath.PathLike, max_row_bytes: int = RowLimits.max_line_bytes,
+         limit: int | None = None) -> Iterator[Record]:
   """Yields the rows of a file in order, holding only a few in memory.
 
   A row that cannot be decoded, or is too long, carries a RowError and the next
@@ -79,6 +81,7 @@ def read(path: epath.PathLike, max_row_bytes: int = RowLimits.max_line_bytes) ->
     path: of the file.
     max_row_bytes: longest line of a JSONL file, unpacked, or row of a Parquet file; no more of a
       longer line is ever held.
+    limit: yield no more than the first so many rows; None yields all.
 
   Raises:
     InputError: at once where the file is missing, empty, a directory or of an
@@ -96,7 +99,7 @@ def read(path: epath.PathLike, max_row_bytes: int = RowLimits.max_line_bytes) ->
   if is_empty:
     source.close()
     raise InputError(f"{path} is empty: write at least one request into it")
-  return _records(path, suffix, source, max_row_bytes)
+  return itertools.islice(_records(path, suffix, source, max_row_bytes), limit)
 
 
 def _records(path: epath.PathLike, suffix: str, source: BinaryIO,

@@ -19,7 +19,7 @@ _BATCH_CHOICE = pa.struct({
     "finish_reason": _TEXT, "logprobs": _BATCH_LOGPROBS, "token_ids": _TOKENS})
 _BODY = pa.struct({
     "id": _TEXT, "object": _TEXT, "created": _INT, "model": _TEXT,
-    "choices": pa.list_(_BATCH_CHOICE), "usage": _USAGE, "error": _ERROR})
+    "choices": pa.list_(_BATCH_CHOICE), "usage": _USAGE, "metadata": _TEXT, "error": _ERROR})
 
 _PLAIN_TOKEN = {"token_id": pa.int32(), "token": _TEXT, "logprob": _FLOAT}
 _PLAIN_LOGPROBS = pa.list_(pa.struct(
@@ -43,6 +43,10 @@ _OUTPUT_COLUMNS = {
         "id": _TEXT, **_SCORE, "perplexity": _FLOAT,
         "choices": pa.list_(pa.struct({"index": _INT} | _SCORE))},
 }
+
+# The fields that output and error rows have of their own.
+OUTPUT_NAMES = {form: frozenset(_OUTPUT_COLUMNS[form]) | frozenset(_OUTPUT_COLUMNS["batch"])
+                for form in ("plain", "score")}
 
 REQUEST_SCHEMA = pa.schema({
     "index": pa.int64(), "row": pa.int64(), "request_id": _TEXT, "sampling_params": _TEXT, "seed": pa.uint32(),

@@ -16,7 +16,6 @@ from batchjax.plan.requests import find_problem
 from batchjax.types import SamplingParams, SCORING
 
 _URLS: dict[str, Form] = {"/v1/chat/completions": "chat", "/v1/completions": "completions"}
-_ENVELOPE = {"custom_id", "method", "url", "body"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,7 +63,8 @@ def parse(record: Record, *, defaults: SamplingParams, model_name: str, job_seed
   `body`), and a plain one with its fields at the top level (`id`, one of
   `prompt`, `messages` and `prompt_token_ids`, sampling fields named as in
   SamplingParams). A field that is null counts as absent. In both forms an
-  absent sampling field takes the job's default, not that of OpenAI's API.
+  absent sampling field takes the job's default, not that of OpenAI's API. What
+  a row holds beside these is `io.carried`'s.
 
   Args:
     record: the row as read.
@@ -80,7 +80,7 @@ def parse(record: Record, *, defaults: SamplingParams, model_name: str, job_seed
   value = {name: item for name, item in record.value.items() if item is not None}
   request_id = None
   try:
-    is_batch = not scores and bool(_ENVELOPE & set(value))
+    is_batch = not scores and bool(fields_lib.ENVELOPE & set(value))
     request_id = _request_id(value, "custom_id" if is_batch else "id", record.row, limits)
     form, fields = _envelope(value) if is_batch else ("score" if scores else "plain", value)
     fields_lib.check_sizes(fields, limits)
@@ -171,9 +171,9 @@ def _request_id(value: dict[str, Any], field: str, row: int, limits: RowLimits) 
 
 def _envelope(value: dict[str, Any]) -> tuple[Form, dict[str, Any]]:
   """The form and body of an OpenAI batch line."""
-  for name in sorted(set(value) - _ENVELOPE):
+  for name in sorted(set(value) - fields_lib.ENVELOPE):
     remedy = ("move it into body" if name in fields_lib.FIELDS["plain"] - {"id"} else
-              "a batch line has custom_id, method, url and body")
+              "a batch line has custom_id, method, url and body, whose metadata is carried through")
     raise InvalidField(name, f"{name} stands beside body: {remedy}", "unknown_field")
   for name in ("method", "url", "body"):
     if name not in value:

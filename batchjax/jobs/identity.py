@@ -9,9 +9,10 @@ from batchjax.config import JobConfig
 from batchjax.jobs.job import hash_file
 
 
-def identity(config: JobConfig, input_path: str) -> dict[str, Any]:
+def identity(config: JobConfig, input_path: str, limit: int | None = None) -> dict[str, Any]:
   """All that the output depends on; most engine settings change speed only and are left out.
 
+  A limit is part of it: what prompts share, which usage shows, depends on all rows of the job.
   Names of the Hub in `config` are pinned (`hub.pin`).
   """
   source = config.model
@@ -26,7 +27,7 @@ def identity(config: JobConfig, input_path: str) -> dict[str, Any]:
   settings = {"sampling": dataclasses.asdict(config.sampling), "seed": config.seed,
               "limits": dataclasses.asdict(config.limits), "strict": config.strict, "engine": engine,
               "chat_template": _hash_files(config.chat_template)}
-  return {"input": hash_file(input_path), "model": model,
+  return {"input": hash_file(input_path), **({} if limit is None else {"limit": limit}), "model": model,
           "tokenizer": _hash_model(source.tokenizer, "tokenizer"), "settings": settings}
 
 

@@ -18,6 +18,7 @@ import numpy as np
 from batchjax.io import files
 from batchjax.io import journal
 from batchjax.io import paths
+from batchjax.io.carried import Carried
 from batchjax.jobs import folder
 from batchjax.jobs.folder import JobError
 
@@ -107,16 +108,18 @@ class Job:
     """Records the error object of a row; raises JournalError if the row has one already."""
     self._journal.append(index, "error", error)
 
-  def finish(self, output_path: str | Path, error_path: str | Path) -> Finished:
+  def finish(self, output_path: str | Path, error_path: str | Path,
+             carried: Carried | None = None) -> Finished:
     """Writes both files in input order, each atomically, where they are not there as written before.
 
     The error file is written even if it is empty, so that none is left from before.
 
     Args:
       output_path, error_path: of this machine or a store, where a file is as written if its size is.
+      carried: what the rows of the input carry through to either.
 
     Raises:
-      JobError: rows are unfinished.
+      JobError: rows are unfinished, or the input is not what it was when the job began.
       InputError: a path cannot be written.
     """
     finished = self._journal.finished_rows
@@ -130,14 +133,21 @@ class Job:
                 if not before or not _is_sealed(path, before[kind])]
     for kind in to_write:
       files.check_output(targets[kind])
+    if carried and to_write and hash_file(carried.path) != self._manifest["identity"]["input"]:
+      raise JobError(f"{carried.path} was changed while the job ran, and the output has fields of its "
+                     "rows: put back what it was and run the same command again; finished rows are kept")
     seals = dict(before or {})
     for kind in to_write:
       if before:
         logging.warning("%s is not as this job wrote it: written again from the journal",
                         targets[kind])
       self._journal.sync()
+      rows = self._journal.rows(kind)
       with paths.staged(targets[kind], self.directory) as local:
-        files.write_rows(local, self._journal.rows(kind))
+        if carried:
+          files.write_rows(local, carried.join(rows), carried.types)
+        else:
+          files.write_rows(local, rows)
         seals[kind] = _seal(local)
     counts = [self._journal.num_finished(kind) for kind in targets]
     if to_write:

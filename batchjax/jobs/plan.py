@@ -1,4 +1,4 @@
-"""What `scripts/plan.py` prints: a whole file planned window by window, on the host alone."""
+"""What `batchjax plan` prints: a whole file planned window by window, on the host alone."""
 
 import dataclasses
 import pathlib
@@ -17,7 +17,8 @@ from batchjax.report.terminal import printable
 
 
 def plan_file(config: JobConfig, input_path: str, directory: pathlib.Path, chip: Chip,
-              loaders: Loaders = Loaders(), scores: bool = False) -> dict[str, Any]:
+              loaders: Loaders = Loaders(), limit: int | None = None, scores: bool = False
+              ) -> dict[str, Any]:
   """Validates, tokenizes and plans a file; JSON values.
 
   Args:
@@ -26,11 +27,12 @@ def plan_file(config: JobConfig, input_path: str, directory: pathlib.Path, chip:
     directory: for the tokenized requests.
     chip: whose roofline predicts the seconds.
     loaders: how configuration and tokenizer are loaded.
+    limit: only the first so many rows; None plans all.
     scores: rows are scored.
   """
   start = time.perf_counter()
   model, tokenizer = loaders.read(config.model)
-  prepared = prepare(input_path, directory / "requests.arrow", config, model, tokenizer, scores)
+  prepared = prepare(input_path, directory / "requests.arrow", config, model, tokenizer, limit, scores)
   prepared_secs = time.perf_counter() - start
   device_bytes = None if chip.name == "cpu" else int(memory.DEVICE_SHARE * chip.hbm_bytes)
   windows, engine = [], memory.settle(model, config.engine, chip, device_bytes)
@@ -49,6 +51,7 @@ def plan_file(config: JobConfig, input_path: str, directory: pathlib.Path, chip:
   return {
       "rows": prepared.num_rows, "requests": num_requests,
       "errors": [str(error) for error in prepared.errors],
+      "carried": list(prepared.carried),
       "windows": len(windows), **totals,
       "decode_tokens_at_most": sum(w["decode_tokens_at_most"] for w in windows),
       "shared_nodes": sum(w["shared_nodes"] for w in windows),
@@ -68,6 +71,7 @@ def to_text(plan: dict[str, Any]) -> str:
   lines = [
       f"rows      {plan['rows']:,}: {plan['requests']:,} requests, {len(plan['errors']):,} errors",
       *(f"          {printable(error)}" for error in plan["errors"][:10]),
+      *([f"carried   {printable(', '.join(plan['carried'][:20]))}"] if plan["carried"] else []),
       f"prompt    {asked:,} tokens asked, {computed:,} computed "
       f"({1 - computed / max(asked, 1):.1%} shared), {plan['optimum']:,} at best",
       f"output    {plan['decode_tokens_at_most']:,} tokens at most",

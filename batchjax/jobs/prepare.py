@@ -11,7 +11,7 @@ import numpy as np
 
 from batchjax.cache.page_table import pages_for
 from batchjax.config import ConfigError, JobConfig, ModelConfig
-from batchjax.io import records, scores as scores_lib, validate
+from batchjax.io import carried, records, scores as scores_lib, validate
 from batchjax.io.fields import InvalidField, one_line
 from batchjax.io.records import Record, RowError
 from batchjax.io.store import RequestReader, RequestWriter
@@ -36,16 +36,18 @@ class Prepared:
   """What one pass over the input found.
 
   Attributes:
-    num_rows: records of the file, bad ones included.
+    num_rows: records of the file that count, bad ones included.
     errors: the bad rows.
+    carried: names under which rows carry something through to the output (`io.carried`).
   """
 
   num_rows: int
   errors: tuple[RowError, ...]
+  carried: tuple[str, ...] = ()
 
 
 def prepare(input_path: str, store_path: pathlib.Path, config: JobConfig, model: ModelConfig,
-            tokenizer: Tokenizer, scores: bool = False) -> Prepared:
+            tokenizer: Tokenizer, limit: int | None = None, scores: bool = False) -> Prepared:
   """Reads, validates and tokenizes every row once; good ones go to `store_path`.
 
   Args:
@@ -54,6 +56,7 @@ def prepare(input_path: str, store_path: pathlib.Path, config: JobConfig, model:
     config: defaults of sampling, name of the model, sizes that a row must fit.
     model: vocabulary and context of the model.
     tokenizer: of the model.
+    limit: only the first so many rows; None takes all.
     scores: rows are scored (`validate.parse`); each continuation of a row is a request.
 
   Raises:
@@ -62,9 +65,10 @@ def prepare(input_path: str, store_path: pathlib.Path, config: JobConfig, model:
     ConfigError: the chat template cannot be read or compiled.
   """
   errors, num_rows = [], 0
-  source = records.read(input_path, config.limits.max_line_bytes)
+  names = carried.Names(config.limits, "score" if scores else "plain")
+  source = records.read(input_path, config.limits.max_line_bytes, limit)
   with RequestWriter(store_path) as store:
-    for requests in prepare_rows(source, config, model, tokenizer, scores):
+    for requests in prepare_rows(source, config, model, tokenizer, scores, names):
       num_rows += 1
       if not isinstance(requests, RowError):
         for request in requests:
@@ -73,16 +77,18 @@ def prepare(input_path: str, store_path: pathlib.Path, config: JobConfig, model:
         raise BadRow(str(requests))
       else:
         errors.append(requests)
-  return Prepared(num_rows, tuple(errors))
+  return Prepared(num_rows, tuple(errors), tuple(names))
 
 
 def prepare_rows(source: Iterable[Record], config: JobConfig, model: ModelConfig, tokenizer: Tokenizer,
-                 scores: bool = False) -> Iterator[list[tuple[validate.Row, np.ndarray]] | RowError]:
+                 scores: bool = False, names: carried.Names | None = None
+                 ) -> Iterator[list[tuple[validate.Row, np.ndarray]] | RowError]:
   """The requests of each row with their token ids, or its error; in order.
 
   Args:
     source: the rows.
     config, model, tokenizer, scores: as in `prepare`.
+    names: is told what the rows carry.
 
   Raises:
     ConfigError: the chat template cannot be read or compiled.
@@ -91,7 +97,16 @@ def prepare_rows(source: Iterable[Record], config: JobConfig, model: ModelConfig
   first_token = tokenizer.eos_token_id if tokenizer.bos_token_id is None else tokenizer.bos_token_id
   stops = StopBudget(model.vocab_size, config.limits.max_stop_table_bytes)
   duplicates = validate.DuplicateIds()
-  texts = (guarded(record, "", renderer.prompt_of, record) for record in source)
+  names = names or carried.Names(config.limits)
+
+  def text_of(record: Record) -> _Text | RowError:
+    names.add(record)
+    text = renderer.prompt_of(record)
+    if not isinstance(text, RowError):
+      names.check(record)
+    return text
+
+  texts = (guarded(record, "", text_of, record) for record in source)
 
   def check(row: validate.Row, token_ids: list[np.ndarray]
             ) -> list[tuple[validate.Row, np.ndarray]] | RowError:

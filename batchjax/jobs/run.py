@@ -13,11 +13,12 @@ import jax
 import numpy as np
 
 from batchjax import hub, report
-from batchjax.config import JobConfig, ModelConfig
+from batchjax.config import ConfigError, JobConfig, ModelConfig
 from batchjax.engine.device import chip_of, memory_limit
 from batchjax.engine.sampling_inputs import SamplingFeatures
 from batchjax.generation import generate
 from batchjax.io import files, output, paths, records
+from batchjax.io.carried import Carried
 from batchjax.io.paths import InputError
 from batchjax.io.records import RowError
 from batchjax.io.store import RequestReader, StoredRow
@@ -36,7 +37,8 @@ from batchjax.types import Completion, Request, StopTable
 
 
 def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str | None = None,
-        job_dir: str = "", overwrite: bool = False, quiet: bool = False, scores: bool = False,
+        job_dir: str = "", limit: int | None = None, overwrite: bool = False, quiet: bool = False,
+        scores: bool = False,
         loaders: Loaders = Loaders()) -> job_lib.Finished:
   """Completes or scores every row of a file; the same call again resumes where it stopped.
 
@@ -49,6 +51,8 @@ def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str
     output_path: likewise; written once all rows are done. It may be in a store: gs://bucket/x.jsonl.
     error_path: rows that were bad; `default_error_path` when None.
     job_dir: folder of this machine in place of `<output>.job`; see `folder.directory_of`.
+    limit: only the first so many rows of the input; None completes all. Part of what makes a job
+      the same job.
     overwrite: move the folder of an earlier job aside and start anew.
     quiet: show no progress.
     scores: rows hold continuations, whose log-probabilities are the output (`io.scores`).
@@ -66,6 +70,8 @@ def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str
   >>> "text" in json.loads(pathlib.Path("completions.jsonl").read_text())
   True
   """
+  if limit is not None and limit < 1:
+    raise ConfigError(f"limit={limit} must be at least 1, or None for all rows")
   error_path = error_path or default_error_path(output_path)
   directory = folder.directory_of(output_path, job_dir)
   if paths.is_remote(output_path):
@@ -79,10 +85,12 @@ def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str
     device = configure_jax()
     config = dataclasses.replace(config, engine=settle(
         model_config, config.engine, chip_of(device), memory_limit(device)))
-    job_identity = identity(config, input_path) | ({"task": "score"} if scores else {})
+    job_identity = identity(config, input_path, limit) | ({"task": "score"} if scores else {})
     with job_lib.open_job(directory, job_identity, overwrite=overwrite,
                           pins=hub.pins(asked, config.model)) as job:
-      prepared, requests = _prepare_once(job, input_path, config, model_config, tokenizer, scores)
+      prepared, requests = _prepare_once(job, input_path, config, model_config, tokenizer, limit, scores)
+      if prepared.carried:
+        logging.info("carried through to the output: %s", ", ".join(prepared.carried[:20]))
       with requests:
         done = job.begin(prepared.num_rows)
         for error in prepared.errors:
@@ -92,7 +100,8 @@ def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str
         if len(left):
           _complete(job, requests, left, prepared, config, model_config, tokenizer, quiet, loaders,
                     stop)
-      finished = job.finish(output_path, error_path)
+      finished = job.finish(output_path, error_path, Carried(
+          input_path, prepared.carried, config.limits.max_line_bytes, limit, "score" if scores else "plain"))
       return dataclasses.replace(finished, unit="scores") if scores else finished
 
 
@@ -114,20 +123,22 @@ def _check_paths(input_path: str, output_path: str, error_path: str,
 
 
 def _prepare_once(job: job_lib.Job, input_path: str, config: JobConfig, model: ModelConfig,
-                  tokenizer: Tokenizer, scores: bool) -> tuple[prepare.Prepared, RequestReader]:
+                  tokenizer: Tokenizer, limit: int | None, scores: bool
+                  ) -> tuple[prepare.Prepared, RequestReader]:
   """Validated and tokenized rows; those of an earlier run of the job are used again if undamaged."""
   done_path, store_path = job.directory / folder.PREPARED, job.directory / folder.REQUESTS
   if done_path.exists():
     try:
-      values = files.read_sealed(done_path, "job", "sha256", "num_rows", "errors")
+      values = files.read_sealed(done_path, "job", "sha256", "num_rows", "errors", "carried")
       if values["job"] != job.id:
         raise files.DamagedFile(f"{done_path} is another job's")
-      return (prepare.Prepared(values["num_rows"], tuple(RowError(**e) for e in values["errors"])),
+      return (prepare.Prepared(values["num_rows"], tuple(RowError(**e) for e in values["errors"]),
+                               tuple(values["carried"])),
               RequestReader(store_path, values["sha256"]))
     except (files.DamagedFile, TypeError) as e:  # TypeError: of another version
       logging.warning("%s: the input is tokenized again", e)
   try:
-    prepared = prepare.prepare(input_path, store_path, config, model, tokenizer, scores)
+    prepared = prepare.prepare(input_path, store_path, config, model, tokenizer, limit, scores)
     sha256 = job_lib.hash_file(store_path)
     files.write_sealed(done_path, {"job": job.id, "sha256": sha256} | dataclasses.asdict(prepared))
   except BaseException:

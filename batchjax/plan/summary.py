@@ -1,4 +1,4 @@
-"""A plan as JSON: what `scripts/plan.py` prints and the report draws."""
+"""A plan as JSON: what `batchjax plan` prints and the report draws."""
 
 from typing import Any
 

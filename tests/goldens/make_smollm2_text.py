@@ -1,6 +1,6 @@
 """Makes smollm2_text.json: greedy text of SmolLM2 by Hugging Face transformers, float32.
 
-    python scripts/convert.py --source=SmolLM2-135M-Instruct.Q4_1.gguf --target=smollm2_hf
+    batchjax convert --source=SmolLM2-135M-Instruct.Q4_1.gguf --target=smollm2_hf
     python tests/goldens/make_smollm2_text.py smollm2_hf     # needs torch and transformers
 
 Each entry holds the prompt's token ids, the generated ids, and at each step the gap

@@ -36,6 +36,12 @@ def test_jsonl_and_gzip_round_trip(tmp_path, end):
     assert [(r.index, r.row, r.value) for r in got] == [(0, 1, ROWS[0]), (1, 2, ROWS[1])]
 
 
+def test_a_limit_ends_the_reading(tmp_path):
+  path = write(tmp_path, "in.jsonl", jsonl(ROWS) + b"{damaged")
+  for limit in (1, 2, 3, 9, None):
+    assert [r.index for r in records.read(path, limit=limit)] == list(range(min(limit or 3, 3)))
+
+
 def test_parquet_drops_nulls_at_every_depth(tmp_path):
   rows = [{"id": "a", "prompt": "x", "temperature": None, "messages": None},
           {"id": "b", "messages": [{"role": "user", "content": "q", "name": None},

@@ -157,7 +157,13 @@ BAD = [
     (batch(prompt="x"), "prompt", "belongs to requests of /v1/completions: change the url"),
     (completions(top_logprobs=1), "top_logprobs", "requests of /v1/chat/completions"),
     (batch(question="x"), "question", "is not a field of the body of a chat request"),
-    (plain(question="x"), "question", "move it into metadata"),
+    (plain(text="x"), "text", "text is a field of the output: rename it, or move it into metadata"),
+    (plain(response="x"), "response", "rename it"), (plain(choices=["a"]), "choices", "rename it"),
+    *((plain(**{name: 1}), name, f"did you mean {meant}?") for name, meant in (
+        ("max_token", "max_tokens"), ("maxTokens", "max_tokens"), ("temprature", "temperature"),
+        ("max_new_tokens", "max_tokens"), ("stop_sequences", "stop"), ("seeds", "seed"), ("topp", "top_p"),
+        ("temp", "temperature"), ("message", "messages"))),
+    (plain(do_sample=True), "do_sample", "do_sample is not supported: remove it"),
     (batch(response_format={"type": "json_object"}), "response_format", "not supported: remove it"),
     (batch(stream=True), "stream", "must be false"),
     (batch(stream="no"), "stream", "must be false"),
@@ -318,7 +324,7 @@ def test_floats_without_a_fraction_are_integers():
 
 
 @pytest.mark.parametrize("value, code", [
-    (batch(model="x"), "model_not_found"), (plain(foo=1), "unknown_field"),
+    (batch(model="x"), "model_not_found"), (plain(max_token=1), "unknown_field"),
     ({"id": "a"}, "missing_field"), (batch(stream=True), "unsupported"),
     (plain(n=0), "invalid_value")])
 def test_codes(value, code):

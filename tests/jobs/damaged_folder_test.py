@@ -7,7 +7,7 @@ import shutil
 
 import pytest
 
-from batchjax.jobs import command_line
+from batchjax.commands import command_line
 from batchjax.jobs.signals import Interrupted
 from tests.jobs import fake_folder
 

@@ -7,10 +7,12 @@ from unittest import mock
 
 import pytest
 
+from batchjax.commands import command_line
+from batchjax.config import ConfigError
 from batchjax.io import files
 from batchjax.io.records import InputError
 from batchjax.io.store import RequestWriter
-from batchjax.jobs import command_line, loaders
+from batchjax.jobs import loaders
 from batchjax.jobs.job import JobMismatch
 from batchjax.jobs.prepare import BadRow
 from batchjax.jobs.signals import Interrupted
@@ -213,3 +215,19 @@ def test_a_lock_that_was_removed_is_held_by_nobody_else(tmp_path, monkeypatch):
   monkeypatch.setattr(files, "open_regular", open_and_lose)
   with pytest.raises(command_line.ERRORS, match="was removed by another process: run the same"):
     fake_folder.run(tmp_path)
+
+
+def test_a_limit_takes_the_first_rows_and_is_part_of_the_job(tmp_path):
+  fake_folder.write_input(tmp_path, 0)
+  with pytest.raises(Interrupted):
+    fake_folder.run(tmp_path, limit=6, stop_after=2)
+  finished = fake_folder.run(tmp_path, limit=6)
+  assert (finished.num_outputs, finished.num_errors) == (5, 1)  # row 4 is bad
+  kept = outputs(tmp_path)
+  for limit, shown in ((9, "limit: 6 -> 9"), (5, "limit: 6 -> 5"), (None, r"limit: 6 -> \(absent\)")):
+    with pytest.raises(JobMismatch, match=shown):
+      fake_folder.run(tmp_path, limit=limit)
+  assert fake_folder.run(tmp_path, limit=6).was_finished and outputs(tmp_path) == kept
+  assert fake_folder.run(tmp_path, limit=1000, overwrite=True).num_outputs == 13
+  with pytest.raises(ConfigError, match="limit=0 must be at least 1"):
+    fake_folder.run(tmp_path, limit=0)

@@ -1,4 +1,4 @@
-"""scripts/convert.py as a user runs it."""
+"""`batchjax convert` as a user runs it."""
 
 import json
 import os
@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import gguf
+import ml_dtypes
 import numpy as np
 from safetensors.numpy import load_file
 
@@ -40,7 +41,10 @@ def test_there_and_back_through_orbax(tmp_path):
   assert "orbax, float16" in there.stdout
   back = convert(f"--source={tmp_path / 'orbax'}", f"--target={tmp_path / 'hf'}")
   assert back.returncode == 0, back.stderr
+  again = convert(f"--source={tmp_path / 'orbax'}", f"--target={tmp_path / 'hf'}", "--overwrite")
+  assert again.returncode == 0, again.stderr
   assert_same_tensors(source, tmp_path / "hf")
+  assert_same_tensors(source, tmp_path / "hf.1")
   for name, text in texts.items():
     assert (tmp_path / "hf" / name).read_text() == text
   config = json.loads((tmp_path / "hf" / "config.json").read_text())
@@ -84,7 +88,7 @@ def test_gguf_to_bfloat16_with_its_tokenizer(tmp_path):
   assert result.returncode == 0, result.stderr
   tensors = load_file(target / "model.safetensors")
   k_proj = tensors["model.layers.0.self_attn.k_proj.weight"]
-  assert k_proj.dtype == "bfloat16" and len(tensors) == len(values)
+  assert k_proj.dtype == ml_dtypes.bfloat16 and len(tensors) == len(values)
   np.testing.assert_array_equal(k_proj, values["blk.0.attn_k.weight"].astype(k_proj.dtype))
   assert json.loads((target / "config.json").read_text())["architectures"] == ["Qwen2ForCausalLM"]
   assert json.loads((target / "tokenizer.json").read_text())["model"]["vocab"]["ab"] == 5
@@ -99,6 +103,8 @@ def test_faults_are_said_without_a_traceback(tmp_path):
   (tmp_path / "full" / "file").write_text("keep me")
   result = convert(f"--source={tmp_path}", f"--target={tmp_path / 'full'}")
   assert result.returncode != 0 and "is not an empty folder" in result.stderr + result.stdout
+  result = convert(f"--source={tmp_path / 'full'}", f"--target={tmp_path}", "--overwrite")
+  assert result.returncode == 2 and "holds the source: name another" in result.stderr
   result = convert(f"--source={tmp_path}", f"--target={tmp_path / 'new'}")
   assert result.returncode != 0 and "neither a .gguf file" in result.stderr + result.stdout
   assert "Traceback" not in result.stderr and not (tmp_path / "new").exists()

@@ -1,7 +1,6 @@
-"""What the mains of all scripts share: flags, configuration, one line for an error, exit codes."""
+"""What all commands share: flags, configuration, one line for an error, exit codes."""
 
 from collections.abc import Callable, Sequence
-import dataclasses
 import difflib
 import errno
 import logging
@@ -10,13 +9,15 @@ import re
 import signal
 import sys
 import traceback
-import typing
-from typing import Any, NoReturn
+import types
+from typing import NoReturn
 
 from absl import app
 from absl import flags
 import ml_collections
+from ml_collections import config_flags
 
+from batchjax.commands import help_text, packaged
 from batchjax.config import ConfigError, from_config_dict, JobConfig
 from batchjax.io.files import DamagedFile
 from batchjax.io.journal import JournalError
@@ -38,22 +39,39 @@ _REMEDIES = {
                     "check the path")}
 
 
-def launch(main: Callable[[], int | None], errors: tuple[type[Exception], ...] = ()) -> NoReturn:
-  """Runs a script: parses its flags, calls `main`, and exits with its code.
+def launch(command: types.ModuleType) -> NoReturn:
+  """Runs a command: parses its flags out of `sys.argv`, calls its `main`, and exits with its code.
 
   An error that a user can mend is one line on standard error and code 2; any
   other is a fault of batchjax, a traceback and code 1.
 
   Args:
-    main: returns the exit code; None is 0.
-    errors: of the script, beside those of jobs.
+    command: a module with a docstring, `define_flags()`, `main(args)`, which returns the exit code
+      (None is 0), and perhaps `ERRORS`, its own beside those of jobs.
   """
   terminal.guard_streams()
   for name in ("httpx", "httpx2", "botocore", "aiobotocore"):  # which log every request
     logging.getLogger(name).setLevel(logging.WARNING)
   signal.signal(signal.SIGINT, signal.default_int_handler)
-  app.run(lambda _: _guarded(main, errors), flags_parser=lambda argv: _guarded(
-      lambda: _parse(argv), (), sys.exit))
+  before = set(flags.FLAGS)
+  command.define_flags()
+  own = [name for name in flags.FLAGS if name not in before]
+  app.run(lambda _: _guarded(lambda: command.main(flags.FLAGS), getattr(command, "ERRORS", ())),
+          flags_parser=lambda argv: _guarded(lambda: _parse(argv, command.__doc__, own), (), sys.exit))
+
+
+def define_config() -> None:
+  """The flag --config, which every command that runs a model needs."""
+  config_flags.DEFINE_config_file("config", None, "Configuration: a file, or one that comes with "
+                                  f"batchjax: {', '.join(packaged.configs())}.")
+  flags.mark_flag_as_required("config")
+
+
+def define_input(rows: str, examples: Sequence[str] = ()) -> None:
+  """The flags --input, whose rows are called so and which may name one of the examples, and --limit."""
+  named = f"; or the name of an example: {', '.join(examples)}" if examples else ""
+  flags.DEFINE_string("input", None, f"{rows}: .jsonl, .jsonl.gz or .parquet{named}.", required=True)
+  flags.DEFINE_integer("limit", None, "Only the first so many rows of the input.", lower_bound=1)
 
 
 def job_config(config: ml_collections.ConfigDict, **changes: object) -> JobConfig:
@@ -92,52 +110,42 @@ def _describe(error: Exception) -> str:
   return f"{where}{error.strerror}{f': {remedy}' if remedy else ''}"
 
 
-def _parse(argv: Sequence[str]) -> list[str]:
-  """What is left of the command line once the flags are taken; raises ConfigError."""
+def _parse(argv: Sequence[str], document: str, own: Sequence[str]) -> list[str]:
+  """What is left of the command line once the flags are taken; raises ConfigError.
+
+  Args:
+    argv: the command line.
+    document: what --help begins with.
+    own: names of the command's own flags.
+  """
+  if asked := {"-h", "--h", "-?", "-help", "--help", "--helpshort", "--helpfull"} & set(argv[1:]):
+    print(help_text.of_command(document, [flags.FLAGS[name] for name in own],
+                               has_all="--helpfull" in asked))
+    raise SystemExit(0)
   _check_overrides(argv)
+  argv = packaged.with_config_path(argv)
   try:
     left = flags.FLAGS(argv)
     if "config" in flags.FLAGS:
       getattr(flags.FLAGS["config"].value, "lock", None)  # raises where the file could not be read
-  except SystemExit as e:
-    is_help = any(arg.lstrip("-").startswith(("help", "?")) for arg in argv[1:])
-    raise SystemExit(0 if is_help else e.code) from None  # absl has 1 for --help
   except Exception as error:  # whatever a configuration file raises
-    raise ConfigError(_explain(error, _config_path(argv))) from error
+    raise ConfigError(_explain(error, packaged.config_path(argv))) from error
   if len(left) > 1:
     raise ConfigError(f"unexpected arguments {left[1:]}: flags begin with --; see --help")
   return left
 
 
-def _config_path(argv: Sequence[str]) -> str:
-  """The value of --config on the command line, "" where there is none."""
-  for arg, after in zip(argv[1:], [*argv[2:], ""]):
-    name, has_value, value = arg.lstrip("-").partition("=")
-    if arg.startswith("-") and name == "config":
-      return value if has_value else after
-  return ""
-
-
 def _check_overrides(argv: Sequence[str]) -> None:
   """Raises ConfigError for `--config.<name>` where a job has no such field."""
-  known = _fields(JobConfig)
+  known = help_text.fields()
   for arg in argv[1:]:
     flag = re.match(r"--?(?:no)?config\.([^=]+)", arg)
     if not flag or flag[1] in known:
       continue
     near = [f"--config.{field}" for field in difflib.get_close_matches(flag[1], known, n=3)
             or [field for field in known if field.startswith(f"{flag[1]}.")][:3]]
-    hint = f"did you mean {' or '.join(near)}?" if near else "see JobConfig in batchjax/config.py"
+    hint = f"did you mean {' or '.join(near)}?" if near else "--help lists them"
     raise ConfigError(f"{flag[0]} is no field of the configuration: {hint}")
-
-
-def _fields(cls: type, prefix: str = "") -> dict[str, Any]:
-  """The type of each field by its dotted name, those of dataclasses inside too."""
-  fields = {}
-  for name, hint in typing.get_type_hints(cls).items():
-    fields |= (_fields(hint, f"{prefix}{name}.") if dataclasses.is_dataclass(hint)
-               else {prefix + name: hint})
-  return fields
 
 
 def _explain(error: Exception, path: str) -> str:
@@ -147,9 +155,11 @@ def _explain(error: Exception, path: str) -> str:
       "Error whilst parsing config file", "Configuration is not available")):
     error = inner
   if isinstance(error, flags.Error):
+    if missing := re.findall(r"Flag (--\w+) must have a value other than None", str(error)):
+      return f"{', '.join(missing)} must be given; see --help"
     name = re.match(r"flag --config\.([\w.]+)=", str(error))
-    kind = _fields(JobConfig).get(name[1]) if name else None
-    return f"{error}; " + (f"it takes {getattr(kind, '__name__', kind)}" if kind else "see --help")
+    field = help_text.fields().get(name[1]) if name else None
+    return f"{error}; " + (f"it takes {field.kind}" if field else "see --help")
   lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
            if os.path.abspath(frame.filename) == os.path.abspath(path.split(":")[0])]
   if not lines and isinstance(error, OSError):

@@ -1,4 +1,4 @@
-"""The scripts' shared frame: errors on one line, exit codes, streams that go away, hostile text."""
+"""The commands' shared frame: errors on one line, exit codes, streams that go away, hostile text."""
 
 import ast
 import json
@@ -18,7 +18,7 @@ HOSTILE = "\x1b]0;x\x07[red]\u202e\r\x9b2J\ud800"
 def context():
   """Children are forked where the modules are imported already."""
   context = multiprocessing.get_context("forkserver")
-  context.set_forkserver_preload(["tests.jobs.fake_folder", "batchjax.jobs.command_line"])
+  context.set_forkserver_preload(["tests.jobs.fake_folder", "batchjax.commands.command_line"])
   return context
 
 
@@ -94,6 +94,11 @@ def test_bad_flags_are_one_line(tmp_path, script, flags, more, message):
   assert set(tmp_path.iterdir()) - before <= {tmp_path / "stdout", tmp_path / "stderr"}
 
 
+def test_flags_that_are_missing_are_one_line(script):
+  code, stdout, stderr = script("run", "--output=o.jsonl")
+  assert (code, stdout, stderr) == (2, "", "error: --config, --input must be given; see --help\n")
+
+
 @pytest.mark.parametrize("text, message", [
     (None, "config.py cannot be read: check the path"),
     ("def get_config():\n  return 1 / 0", "line 2: ZeroDivisionError: division by zero: mend the file"),
@@ -123,6 +128,10 @@ def test_a_missing_model_package_is_its_pip_line(tmp_path, script, flags):
 def test_every_script_has_the_frame(script, name):
   code, stdout, stderr = script(name, "--help")
   assert (code, stderr) == (0, "") and "Exit codes: 0 " in stdout
+  required = {line.split("=")[0].strip() for line in stdout.splitlines() if "(required)" in line}
+  assert required == {flag for flag in ("--config", "--input", "--output", "--job", "--source", "--target",
+                                        "--workload") if f"  {flag}=" in stdout} - (
+      {"--output"} if name == "plan" else set())
   code, stdout, stderr = script(name, "--no_such_\x1b")
   assert (code, stdout) == (2, "") and is_one_line(stderr) and r"\x1b" in stderr
 
@@ -175,7 +184,7 @@ def test_an_output_in_a_store_and_its_job_dir(tmp_path, script, flags, expected)
     ("batchjax.jobs.prepare.prepare", 130), ("batchjax.io.files.write_sealed", 130),
     ("tests.jobs.fake_folder.load_model", 130), ("tests.jobs.fake_folder.complete", 130),
     ("batchjax.io.files.write_rows", 130), ("batchjax.io.files.sync_directory", 130),
-    ("batchjax.report.to_text", 130), ("batchjax.jobs.command_line.job_config", 130)])
+    ("batchjax.report.to_text", 130), ("batchjax.commands.command_line.job_config", 130)])
 @pytest.mark.parametrize("task, name", [("complete", "run"), ("score", "score")], indirect=["task"])
 def test_an_interrupt_in_any_phase(tmp_path, script, flags, expected, name, at, code):
   found, stdout, stderr = script(name, *flags, signal_at=at)
