@@ -18,6 +18,7 @@ import pathlib
 import sys
 
 from absl import flags
+from absl import logging
 from ml_collections import config_flags
 
 from batchjax.jobs import command_line
@@ -33,11 +34,14 @@ _ERRORS = flags.DEFINE_string("errors", None, "Bad rows; if left out, out.errors
                               "output out.jsonl, out.errors.parquet for out.parquet.")
 _OVERWRITE = flags.DEFINE_bool("overwrite", False, "Start anew: the folder of an earlier job is "
                                "moved aside to <output>.job.1 (.2, ...).")
-_QUIET = flags.DEFINE_bool("quiet", False, "Show neither progress nor the closing report.")
+_QUIET = flags.DEFINE_bool("quiet", False, "Show warnings and errors alone: no progress, "
+                           "no log, no closing report.")
 _STRICT = flags.DEFINE_bool("strict", False, "Stop at the first bad row, before the model loads.")
 
 
 def main() -> int:
+  if _QUIET.value:
+    logging.set_verbosity(logging.WARNING)
   job = pathlib.Path(f"{_OUTPUT.value}.job")
   config = command_line.job_config(_CONFIG.value, **({"strict": True} if _STRICT.value else {}))
   try:

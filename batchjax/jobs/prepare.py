@@ -44,7 +44,7 @@ class Prepared:
 
 
 def prepare(input_path: str, store_path: pathlib.Path, config: JobConfig, model: ModelConfig,
-            tokenizer: Tokenizer) -> Prepared:
+            tokenizer: Tokenizer, advance: Callable[[int], None] = lambda num_rows: None) -> Prepared:
   """Reads, validates and tokenizes every row once; good ones go to `store_path`.
 
   Args:
@@ -53,6 +53,7 @@ def prepare(input_path: str, store_path: pathlib.Path, config: JobConfig, model:
     config: defaults of sampling, name of the model, sizes that a row must fit.
     model: vocabulary and context of the model.
     tokenizer: of the model.
+    advance: is told the number of rows each time some more are done.
 
   Raises:
     InputError: the file cannot be read at all.
@@ -84,6 +85,7 @@ def prepare(input_path: str, store_path: pathlib.Path, config: JobConfig, model:
           raise BadRow(str(row))
         else:
           errors.append(row)
+      advance(len(batch))
   return Prepared(num_rows, tuple(errors))
 
 

@@ -43,6 +43,7 @@ class Prediction:
     padding_waste: part of the launched tokens that is padding.
     peak_pages: most pages in use.
     is_extrapolated: the window is longer than what was simulated.
+    step_secs: of a typical step in each bucket of the plan.
   """
 
   secs: float
@@ -52,6 +53,7 @@ class Prediction:
   padding_waste: float
   peak_pages: int
   is_extrapolated: bool
+  step_secs: tuple[float, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -158,7 +160,7 @@ def make_plan(model: ModelConfig, requests: Sequence[Request], engine: EngineCon
                     for may_compile in (False, True)), key=lambda solution: solution[0])
   _, cut_buckets = solve(Bucket("mixed", 0, max_rows, 0, num_pages), None)
   return dataclasses.replace(plan, buckets=buckets, prediction=_predict(
-      model, chip, shapes, scale, buckets, cut_buckets))
+      model, chip, shapes, scale, buckets, cut_buckets, step_secs))
 
 
 def _likely_lengths(params: Sequence[SamplingParams],
@@ -267,7 +269,8 @@ def _solve(engine: EngineConfig, shapes: list[simulate.StepShape], scale: dict[s
 
 def _predict(model: ModelConfig, chip: Chip, shapes: list[simulate.StepShape],
              scale: dict[str, float], buckets: Sequence[Bucket],
-             cut_buckets: Sequence[Bucket]) -> Prediction:
+             cut_buckets: Sequence[Bucket],
+             step_secs: dict[str, Callable[[int], float]]) -> Prediction:
   sizes_in = lambda buckets: [_padded(buckets, shape.kind, shape.num_tokens) for shape in shapes]
   secs_of = lambda sizes: sum(scale[shape.kind] * shape.secs(model, chip, size)
                               for size, shape in zip(sizes, shapes))
@@ -282,7 +285,8 @@ def _predict(model: ModelConfig, chip: Chip, shapes: list[simulate.StepShape],
       num_decode=round(scale["decode"] * dispatches["decode"]),
       padding_waste=1 - useful / max(launched, 1),
       peak_pages=max((shape.used_pages for shape in shapes), default=0),
-      is_extrapolated=len(shapes) == _MAX_DISPATCHES)
+      is_extrapolated=len(shapes) == _MAX_DISPATCHES,
+      step_secs=tuple(step_secs[b.kind](b.num_tokens) for b in buckets))
 
 
 def cached_tokens(requests: Sequence[Request], engine: EngineConfig) -> np.ndarray:

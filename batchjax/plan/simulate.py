@@ -8,7 +8,7 @@ import numpy as np
 from batchjax.config import ModelConfig
 from batchjax.plan.batch import Batch
 from batchjax.plan.cost import Chip, step_cost
-from batchjax.plan.scheduler import Scheduler, SchedulerStats
+from batchjax.plan.scheduler import Scheduler
 from batchjax.types import StepOutputs
 
 
@@ -55,12 +55,12 @@ def simulate(scheduler: Scheduler, max_dispatches: int, num_top: int = 0) -> lis
     if scheduler.finished:
       break
     batch = scheduler.next_batch()
-    shapes.append(_shape(batch, scheduler.stats))
+    shapes.append(_shape(batch))
     scheduler.retire(batch, outputs_of(batch, num_top))
   return shapes
 
 
-def _shape(batch: Batch, stats: SchedulerStats) -> StepShape:
+def _shape(batch: Batch) -> StepShape:
   entries, shared, offsets = batch.entries, batch.shared, batch.entries.offsets
   own_len = np.where(entries.seq >= 0, entries.kv_len, 0)
   num_below = offsets[shared.end_entry] - offsets[shared.first_entry]
@@ -68,7 +68,7 @@ def _shape(batch: Batch, stats: SchedulerStats) -> StepShape:
       batch.kind, batch.num_tokens, batch.num_rows, batch.num_steps, batch.num_prompt_tokens,
       kv_read_tokens=int(own_len.sum() + shared.kv_len.sum()),
       attn_pairs=int(own_len @ entries.num_tokens + shared.kv_len @ num_below),
-      used_pages=stats.used_pages, num_slots=max(stats.num_running, batch.num_rows))
+      used_pages=batch.stats.used_pages, num_slots=batch.stats.num_running)
 
 
 def outputs_of(batch: Batch, num_top: int) -> StepOutputs:

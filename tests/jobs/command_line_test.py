@@ -4,6 +4,7 @@ import ast
 import json
 import multiprocessing
 import pathlib
+import re
 
 import pytest
 
@@ -136,7 +137,8 @@ def test_exit_codes_of_a_job(tmp_path, script, flags, expected):
   code, _, stderr = script("run", *flags, "--config.seed=1")
   *log, stderr = stderr.splitlines(keepends=True)
   assert code == 2 and is_one_line(stderr) and "settings.seed: 0 -> 1" in stderr
-  assert all(line.startswith("I") and ": " not in line.split("]")[0] for line in log)  # of absl alone
+  # Lines of absl alone, and phases.
+  assert all(re.match(r"I\d{4} [^]]*\] |\d:\d\d:\d\d  \w", line) for line in log)
   code, _, stderr = script("run", *flags, "--config.seed=1", "--overwrite")
   assert code == 3 and f"is moved to {tmp_path / 'out.jsonl.job.1'}" in stderr
   (tmp_path / "in.jsonl").write_text('{"id": "a", "prompt": "x", "max_tokens": 1}\n')
