@@ -13,12 +13,10 @@ import numpy as np
 # Of shares of `max_tokens`; narrow at the beginning, since many rows end long before a generous limit.
 NUM_BINS = 32
 _EDGES = np.linspace(0.0, 1.0, NUM_BINS + 1) ** 2
-# Before a row has ended, lengths are taken to be spread evenly; that counts for as many rows.
-_PRIOR_ROWS = 2.0
+_PRIOR_ROWS = 2.0  # imagined, whose lengths are spread evenly
 # Multiples of it, modulo 1, spread evenly however many there are.
 _GOLDEN_RATIO = 0.6180339887498949
-# Windows with more waiting rows are sampled: so many for each row that runs at once.
-_MOST_WAITING = 4
+_MOST_WAITING = 8  # for each row that runs at once; of more a sample is taken
 
 
 class Dispatch(NamedTuple):
@@ -69,9 +67,9 @@ def bins_of(num_tokens: Int[np.ndarray, "n"], max_tokens: Int[np.ndarray, "n"]) 
 def predict_lengths(outlook: Outlook) -> Int[np.ndarray, "rows"]:
   """A likely length of each row, which is at least what it has; together they are spread as lengths are.
 
-  The share of rows that end in each bin, of those that come so far, is that of the rows seen (Kaplan
-  and Meier: those still running count up to where they are) and of a few imagined ones. Those have
-  lengths spread evenly, but end no later than rows seen do at their overall rate.
+  The share of rows that end in each bin, of those that come so far, is that of rows seen (Kaplan and Meier:
+  running ones count up to where they are) and of a few imagined ones, spread evenly, but none ends
+  later than rows seen do at their overall rate.
   """
   share = outlook.num_known / np.maximum(outlook.max_tokens, 1)
   is_seen = (outlook.num_known > 0) & ~outlook.is_fixed
@@ -102,12 +100,14 @@ def dispatches(outlook: Outlook) -> list[Dispatch]:
   tokens_each = outlook.prompt_tokens / max(num_waiting, 1)
   most = min(num_waiting, _MOST_WAITING * outlook.max_rows)
   waiting = waiting[:, np.linspace(0, num_waiting - 1, most).astype(np.int64)]
+  # The work left when none waits any more, about half of the rows that run, is the same, sampled or not.
+  stretch = max(1.0, (num_waiting - outlook.max_rows / 2) / max(most - outlook.max_rows / 2, 1.0))
   # Rows that end before their limit keep their slots until that is seen.
   leaving = collections.deque([0] * outlook.num_in_flight)
   found = []
   while running.size or waiting.size:
     num_busy = running.shape[1] + sum(leaving)
-    count = max(1.0, num_waiting / most) if waiting.size else 1.0
+    count = stretch if waiting.size else 1.0
     free = min(outlook.max_rows - num_busy, waiting.shape[1])
     if free > 0 or not running.size:
       room = max(outlook.max_step_tokens - num_busy, 1)
