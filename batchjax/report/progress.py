@@ -19,7 +19,7 @@ class Progress:
 
   Before the first step it names the phase and shows a clock, afterwards requests, time left and
   rates. On a terminal that is a live bar; elsewhere a line for each phase, one each `interval_secs`
-  of steps, and a last one that begins with "done" or, where an exception ended the job, "stopped".
+  of steps, and a last one, which begins with "stopped" where an exception ended the job.
 
   Args:
     quiet: show nothing, and just keep the clocks.
@@ -65,7 +65,7 @@ class Progress:
       sys.stdout, sys.stderr = self._streams
       terminal.log_to(self._log_stream)
     if self._writes_lines and self._tracker:
-      self._write_line("; ".join(["stopped" if exc_type else "done", *self._facts()]))
+      self._write_line("; ".join(["stopped"] * bool(exc_type) + self._facts()))
 
   @property
   def secs(self) -> float:

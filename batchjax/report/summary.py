@@ -46,6 +46,7 @@ class RunFigures:
     num_answered: requests answered, error rows not included.
     generated_tokens: tokens drawn.
     prompt_tokens: of the requests answered.
+    computed_tokens: prompt tokens computed.
     wall_secs: from the call to the last result.
     step_secs: of these, in steps.
     start: of these, before the first step; None where that is not recorded, or not over yet.
@@ -54,6 +55,7 @@ class RunFigures:
   num_answered: int
   generated_tokens: int
   prompt_tokens: int
+  computed_tokens: int
   wall_secs: float
   step_secs: float
   start: StartRecord | None
@@ -226,7 +228,8 @@ def _figures(runs: Sequence[Run], requests: Iterable[RequestRecord]) -> RunFigur
   starts = [dataclasses.astuple(run.start) for run in runs if run.start is not None]
   return RunFigures(
       num_answered=len(done), generated_tokens=sum(s.generated_tokens for s in steps),
-      prompt_tokens=sum(r.prompt_tokens for r in done), wall_secs=sum(run.wall_secs for run in runs),
+      prompt_tokens=sum(r.prompt_tokens for r in done),
+      computed_tokens=sum(s.prompt_tokens for s in steps), wall_secs=sum(run.wall_secs for run in runs),
       step_secs=sum(s.step_secs for s in steps),
       start=StartRecord(*map(sum, zip(*starts))) if runs and len(starts) == len(runs) else None)
 

@@ -56,7 +56,7 @@ def test_progress_off_a_terminal_is_plain_lines_on_standard_error(done):
   lines = [line.split("  ", 1)[1] for line in done[2].stderr.splitlines()
            if re.match(r"\d:\d\d:\d\d  ", line)]
   assert lines[:4] == ["loading the tokenizer", "reading rows", "loading the model", "planning"]
-  assert lines[-1].startswith("done; 4/4 requests; done in 0:")
+  assert lines[-1].startswith("4/4 requests; done in 0:")
   assert "Traceback" not in done[2].stderr
 
 

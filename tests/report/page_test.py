@@ -62,6 +62,7 @@ def test_the_page_states_the_facts(job_dir):
   assert ["last", "2", "6.00", "0.00", "100", "70", "10", "stop"] in page.rows
   assert ["decode 8", "0.50", "yes"] in page.rows
   assert ["computed, as planned", "230", "57.5%"] in page.rows
+  assert ["computed, by the last run", "50", "12.5%"] in page.rows
   assert ["computed, at the optimum", "220", "55.0%"] in page.rows
   assert ["Predicted time in steps, at least", "9.5 s"] in page.rows
   assert ["Shape of mixed steps", "128 tokens, 8 rows"] in page.rows

@@ -57,7 +57,7 @@ def test_lines_off_a_terminal_are_plain_at_the_interval(run_record, step_record,
       "0:00:02  compiling 0 of 2",
       "0:00:04  1/4 requests; time left not known; prefill 118/500; 2 out tok/s; 3 rows; KV 20%",
       f"0:00:16  1/4 requests; time left not known; prefill 472/500; {status}",
-      f"0:00:16  done; 1/4 requests; time left not known; prefill 472/500; {status}"]
+      f"0:00:16  1/4 requests; time left not known; prefill 472/500; {status}"]
 
 
 def test_an_exception_ends_with_stopped_and_is_not_swallowed(run_record):

@@ -21,8 +21,8 @@ def test_runs_add_up(job_dir):
 
 def test_the_last_run_and_all_runs_have_their_own_figures(job_dir):
   s = summarize(job_dir)
-  assert s.last_run == RunFigures(2, 2, 200, 6.0, 1.0, StartRecord(0.125, 0.25, 0.0, 0.0, 0.025))
-  assert s.all_runs == RunFigures(3, 52, 300, 10.0, 4.0, StartRecord(0.375, 0.75, 0.05, 0.1, 0.025))
+  assert s.last_run == RunFigures(2, 2, 200, 50, 6.0, 1.0, StartRecord(0.125, 0.25, 0.0, 0.0, 0.025))
+  assert s.all_runs == RunFigures(3, 52, 300, 168, 10.0, 4.0, StartRecord(0.375, 0.75, 0.05, 0.1, 0.025))
   assert (s.all_runs.output_tokens_per_sec, s.all_runs.wall_tokens_per_sec) == (13.0, 5.2)
 
 
