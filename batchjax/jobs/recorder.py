@@ -46,7 +46,9 @@ class Recorder:
     self._tracker.plan(len(errors), 0)
     now = progress.secs
     for error in errors:
-      self._emit(report.RequestRecord(error.request_id or "", error.index, 0, 0, 0, now, now, "error"))
+      self._emit(report.RequestRecord(error.request_id or "", error.index, prompt_tokens=0,
+                                      cached_tokens=0, generated_tokens=0, start_secs=now,
+                                      end_secs=now, finish_reason="error"))
 
   def _emit(self, record: report.Record, *coming) -> None:
     self._metrics.write(record)

@@ -7,7 +7,7 @@ import collections
 import dataclasses
 from typing import NamedTuple
 
-from jaxtyping import Bool, Float, Int
+from jaxtyping import Bool, Int
 import numpy as np
 
 # Of shares of `max_tokens`; narrow at the beginning, since many rows end long before a generous limit.

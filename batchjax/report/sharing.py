@@ -10,7 +10,7 @@
 A node is a range of prompt tokens that several rows share and that is computed
 once. `parent` is the index in `nodes` of the nearest listed node above it, or -1;
 a parent comes before its children. `start` is the position of its first token,
-`length` its tokens, `num_rows` the rows below it, `text` how it begins (may be left out). The list holds the nodes that
+`length` its tokens, `num_rows` the rows below it, `text`, if there, how it begins. The list holds the nodes that
 save most tokens, about 60, depth first. `optimum` is what computing every shared
 token once would compute, without a bound on levels or memory. `buckets` are
 table rows with any keys. Further numbers or strings beside them are shown as they are.
