@@ -21,8 +21,8 @@ from batchjax.plan import memory, planner
 from batchjax.plan.batch import Batch
 from batchjax.plan.buckets import Bucket
 from batchjax.plan.cost import Chip
+from batchjax.plan.outlook import Dispatch, Outlook
 from batchjax.plan.requests import check_requests
-from batchjax.plan.scheduler import SchedulerStats
 from batchjax.types import Completion, Request, StepOutputs, StopTable
 from batchjax.weights import Model
 
@@ -34,11 +34,13 @@ class StartEvent(NamedTuple):
     plan_secs: reading the first window and planning it.
     compile_secs: having every step: looked up, or traced, lowered and compiled.
     warm_up_secs: making the KV pool and running every step once with nothing in it.
+    step_secs: of one iteration of each decode loop, with nothing in it.
   """
 
   plan_secs: float
   compile_secs: float
   warm_up_secs: float
+  step_secs: dict[Bucket, float]
 
 
 class StepEvent(NamedTuple):
@@ -46,20 +48,24 @@ class StepEvent(NamedTuple):
 
   Attributes:
     batch, bucket: what ran, in which shape.
-    stats: the scheduler after its results were taken in.
+    num_finished: requests of the window completed with its results.
     generated_tokens: tokens that it drew.
     host_secs: planning, packing, sending the inputs and taking results in, while the device works.
     step_secs: since the results before these came back.
     launch_secs: handing the step to the runtime, which may wait there for the device.
+    in_flight: what was dispatched after it.
+    outlook: where the rows stand that have to be dispatched again; to be called while observing.
   """
 
   batch: Batch
   bucket: Bucket
-  stats: SchedulerStats
+  num_finished: int
   generated_tokens: int
   host_secs: float
   step_secs: float
   launch_secs: float
+  in_flight: tuple[Dispatch, ...]
+  outlook: Callable[[], Outlook]
 
 
 def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = EngineConfig(), *,
@@ -79,8 +85,8 @@ def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = E
     tokenizer: builds the automata of the first window's stop strings (`Tokenizer.stop_table`);
       needed where requests have any and there is no `stop_table`.
     stop_table: automata of all stop strings, made before.
-    observe: is given every `CompileRecord`, the `StartEvent`, then the `Plan` of each window and
-      every `StepEvent`.
+    observe: is given each `Phase` and `CompileRecord` of the start, the `StartEvent`, then the `Plan`
+      of each window and every `StepEvent`.
     module_class: `module_class(config, page_size, attention, max_levels)` makes the module.
     compiler_options: of XLA; None takes those that serve the backend best.
 
@@ -102,6 +108,7 @@ def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = E
   batchjax.config.ConfigError: request 'The': nothing finds its stop strings ['a', 'e'] in tokens: ...
   """
   called = time.perf_counter()
+  observe(compile_lib.Phase("planning"))
   windows = _windows(requests, engine.plan_window)
   window, is_only_window = next(windows, ((), True))
   if not window:
@@ -126,14 +133,14 @@ def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = E
   transitions = None if stop_table is None else jax.device_put(stop_table.transitions)
   make_state = compile_lib.make_state_fn(config, engine, plan.num_pages, max_rows, features)
   planned = time.perf_counter()
-  steps = compiler.compile(jax.eval_shape(make_state), buckets)
+  steps = compiler.compile(jax.eval_shape(make_state), buckets, observe)
   compiled = time.perf_counter()
-  for record in steps.records:
-    observe(record)
   startup.check_memory(steps.records, device_bytes)
-  state = startup.warm_up(steps, buckets, model.params, transitions, make_state(), table,
-                          engine.page_size, features)
-  observe(StartEvent(planned - called, compiled - planned, time.perf_counter() - compiled))
+  observe(compile_lib.Phase("warming up"))
+  state, step_secs = startup.warm_up(steps, buckets, model.params, transitions, make_state(), table,
+                                     engine.page_size, features)
+  observe(StartEvent(planned - called, compiled - planned, time.perf_counter() - compiled,
+                     step_secs))
 
   def dispatch(batch: Batch, state: EngineState) -> tuple[Bucket, float, StepOutputs, EngineState]:
     """Sends a batch to the device; also returns the seconds of handing it over."""
@@ -175,8 +182,11 @@ def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = E
           start = time.perf_counter()
           completions = scheduler.retire(batch, outputs)
           now = time.perf_counter()
-          observe(StepEvent(batch, bucket, scheduler.stats, int((outputs.tokens >= 0).sum()),
-                            host_secs + now - start, now - last_read, launch_secs))
+          observe(StepEvent(
+              batch, bucket, scheduler.num_finished, int((outputs.tokens >= 0).sum()),
+              host_secs + now - start, now - last_read, launch_secs,
+              tuple(Dispatch(b.kind, b.num_tokens, b.num_steps) for b, *_ in in_flight),
+              scheduler.outlook))
           last_read = now
       yield from completions
     window, is_only_window = next(windows, ((), True))

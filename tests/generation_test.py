@@ -199,7 +199,7 @@ def test_tokens_of_events_are_those_of_the_completions():
                        module_class=FakeModel,
                        observe=lambda e: isinstance(e, StepEvent) and steps.append(e)))
   assert sum(step.generated_tokens for step in steps) == 5 * 9
-  assert steps[-1].stats.num_retired == len(done) == 5
+  assert steps[-1].num_finished == len(done) == 5
 
 
 def test_completions_come_as_they_finish():

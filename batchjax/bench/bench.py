@@ -13,7 +13,7 @@ import jax
 from batchjax.bench.roofline import dispatch_floor_secs
 from batchjax.bench.workloads import Workload
 from batchjax.config import EngineConfig, ModelConfig
-from batchjax.engine.compile import CompileRecord
+from batchjax.engine.compile import CompileRecord, Phase
 from batchjax.generation import generate, StartEvent, StepEvent
 from batchjax.plan.cost import Chip
 from batchjax.plan.planner import Plan
@@ -147,14 +147,14 @@ def run(model: Model, workload: Workload, engine: EngineConfig, *, ceilings: Chi
 
   starts: list[StartEvent] = []
 
-  def observe(event: Plan | CompileRecord | StartEvent | StepEvent) -> None:
+  def observe(event: Plan | Phase | CompileRecord | StartEvent | StepEvent) -> None:
     if isinstance(event, StartEvent):
       starts.append(event)
     elif isinstance(event, Plan):
       windows.append((event, time.perf_counter(), len(steps)))
     elif isinstance(event, CompileRecord):
       compiles.append(event)
-    else:
+    elif isinstance(event, StepEvent):
       steps.append(_step(event, model.config, ceilings))
       on_step(time.perf_counter() - windows[0][1])
 
@@ -167,7 +167,7 @@ def run(model: Model, workload: Workload, engine: EngineConfig, *, ceilings: Chi
                              stop_table=stop_table, compiler_options=options):
     num_completed += 1
     output_tokens += sum(len(choice.token_ids) for choice in completion.choices)
-  begin = windows[0][1]
+  (start,), begin = starts, windows[0][1]
   elapsed = time.perf_counter() - begin
   if (num_completed, output_tokens) != (len(workload.requests), workload.output_tokens):
     raise BenchError(f"{num_completed} requests with {output_tokens} tokens came back, asked "
@@ -184,7 +184,8 @@ def run(model: Model, workload: Workload, engine: EngineConfig, *, ceilings: Chi
   return Figures(
       device=jax.devices()[0].device_kind, jax_version=jax.__version__,
       total_secs=begin + elapsed - called, elapsed_secs=elapsed, startup_secs=begin - called,
-      **starts[0]._asdict(), lower_secs=sum(record.lower_secs for record in compiles),
+      plan_secs=start.plan_secs, compile_secs=start.compile_secs, warm_up_secs=start.warm_up_secs,
+      lower_secs=sum(record.lower_secs for record in compiles),
       read_secs=max(record.read_secs for record in compiles), num_compiled=len(compiles),
       num_cached=sum(record.cached for record in compiles),
       num_requests=num_completed, requests_per_sec=num_completed / elapsed,
@@ -216,7 +217,7 @@ def to_json(values: dict[str, Any]) -> str:
 
 
 def _step(event: StepEvent, config: ModelConfig, ceilings: Chip | None) -> _Step:
-  batch, stats = event.batch, event.stats
+  batch, stats = event.batch, event.batch.stats
   is_decode = batch.kind == "decode"
   return _Step(
       kind=batch.kind, num_steps=batch.num_steps, num_rows=batch.num_rows,

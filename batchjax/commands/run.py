@@ -14,6 +14,7 @@ import pathlib
 import sys
 
 from absl import flags
+from absl import logging
 
 from batchjax.commands import command_line, packaged
 from batchjax.jobs import job as job_lib
@@ -41,12 +42,15 @@ def define_output(what: str) -> None:
                       "out.jsonl, out.errors.parquet for out.parquet.")
   flags.DEFINE_bool("overwrite", False, "Start anew: the folder of an earlier job is moved aside "
                     "to <its name>.1 (.2, ...).")
-  flags.DEFINE_bool("quiet", False, "Show neither progress nor the closing report.")
+  flags.DEFINE_bool("quiet", False, "Show warnings and errors alone: no progress, no log, no closing "
+                    "report.")
   flags.DEFINE_bool("strict", False, "Stop at the first bad row, before the model loads.")
 
 
 def main(args: flags.FlagValues, scores: bool = False) -> int:
   """Runs the job, which scores its rows or completes them; returns the exit code."""
+  if args.quiet:
+    logging.set_verbosity(logging.WARNING)
   job = directory_of(args.output, args.job_dir)
   config = command_line.job_config(args.config, **({"strict": True} if args.strict else {}))
   try:

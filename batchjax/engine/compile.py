@@ -61,6 +61,13 @@ class CompileRecord(NamedTuple):
     return self.lower_secs + self.compile_secs + self.read_secs
 
 
+class Phase(NamedTuple):
+  """What a job does from here on, before its first step; `num_steps` records of compiles follow."""
+
+  name: str
+  num_steps: int = 0
+
+
 class ShapeError(RuntimeError):
   """A step asked for a shape that was not compiled before the job began."""
 
@@ -144,7 +151,8 @@ class StepCompiler:
     return {(key.bucket, key.num_slots) for key in keys
             if (key.base, key.num_pages) == (self.base, num_pages)}
 
-  def compile(self, state: step.EngineState, buckets: Sequence[Bucket]) -> Steps:
+  def compile(self, state: step.EngineState, buckets: Sequence[Bucket],
+              observe: Callable[[Any], None] = lambda event: None) -> Steps:
     """All steps of a job.
 
     Shapes are looked up side by side. What is missing is lowered one after the other, since that
@@ -154,6 +162,7 @@ class StepCompiler:
     Args:
       state: shapes of the state that the steps will get.
       buckets: the shapes.
+      observe: is given each `Phase`, and each `CompileRecord` when it is there.
     """
     num_slots, num_pages = len(state.done), len(state.kv.pages[0])
     jobs = {bucket: (step_cache.StepKey(self.base, bucket, num_slots, num_pages),
@@ -162,8 +171,13 @@ class StepCompiler:
       shape = Bucket("admit", ADMITTED_TOKENS, num_slots, 0, 0)
       jobs["admit"] = (step_cache.StepKey(self.base, shape, num_slots, 0),
                        functools.partial(self._lower_admit, state))
+    observe(Phase("looking up compiled steps", len(jobs)))
     with concurrent.futures.ThreadPoolExecutor(max_workers=os.cpu_count()) as pool:
       found = dict(zip(jobs, pool.map(lambda job: self._find(job[0]), jobs.values())))
+      for _, record in filter(None, found.values()):
+        observe(record)
+      if num_missing := list(found.values()).count(None):
+        observe(Phase("compiling", num_missing))
       built, kernels = {}, {}
       for name, (key, lower) in jobs.items():
         if found[name] is None:
@@ -174,6 +188,8 @@ class StepCompiler:
             if digest not in kernels:
               kernels[digest] = pool.submit(kernel.compile)
           built[name] = pool.submit(self._build, key, lowered, time.perf_counter() - start)
+      for future in concurrent.futures.as_completed(built.values()):
+        observe(future.result()[1])
       results = {name: found[name] or built[name].result() for name in jobs}
       for kernel in kernels.values():
         kernel.result()

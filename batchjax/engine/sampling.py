@@ -6,7 +6,6 @@ bits come from the row's own (seed, sample index, position). A row's text
 therefore depends on neither its neighbours nor the shape of the step.
 """
 
-import functools
 from collections.abc import Callable
 
 import flax.struct

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import sys
+import time
 from typing import Any
 
 import jax
@@ -31,15 +32,26 @@ def check_memory(records: Sequence[CompileRecord], device_bytes: int | None) -> 
 
 def warm_up(steps: Steps, buckets: Sequence[Bucket], params: Any, stop_transitions: Any,
             state: EngineState, table: SamplingTable, page_size: int,
-            features: SamplingFeatures) -> EngineState:
+            features: SamplingFeatures) -> tuple[EngineState, dict[Bucket, float]]:
   """Runs every shape once with nothing in it: accelerators load kernels when they first run.
 
+  CPUs have nothing to load, and run decode loops alone, for their times.
+
   Returns:
-    The state, as it was; CPUs have nothing to load.
+    The state, as it was, and the seconds of one iteration of each decode loop, run once more: no
+    roofline foretells them as well, and the first of them comes late in a job.
   """
-  for bucket in buckets if jax.default_backend() != "cpu" else ():
+  secs = {}
+  for bucket in buckets:
+    is_decode = bucket.kind == "decode"
     inputs = pack(Batch.empty(bucket.kind), bucket, table, page_size=page_size,
                   prompt_logprobs=features.prompt_logprobs)
-    count = (np.int32(1),) if bucket.kind == "decode" else ()
-    _, state = steps[bucket](params, stop_transitions, state, *jax.device_put((inputs, *count)))
-  return jax.block_until_ready(state)
+    arguments = (inputs, np.int32(1)) if is_decode else (inputs,)
+    for _ in range(2 if is_decode else jax.default_backend() != "cpu"):
+      sent = jax.block_until_ready(jax.device_put(arguments))
+      start = time.perf_counter()
+      _, state = steps[bucket](params, stop_transitions, state, *sent)
+      if is_decode:
+        jax.block_until_ready(state)
+        secs[bucket] = time.perf_counter() - start
+  return jax.block_until_ready(state), secs

@@ -47,7 +47,8 @@ class Prepared:
 
 
 def prepare(input_path: str, store_path: pathlib.Path, config: JobConfig, model: ModelConfig,
-            tokenizer: Tokenizer, limit: int | None = None, scores: bool = False) -> Prepared:
+            tokenizer: Tokenizer, limit: int | None = None, scores: bool = False,
+            advance: Callable[[int], None] = lambda num_rows: None) -> Prepared:
   """Reads, validates and tokenizes every row once; good ones go to `store_path`.
 
   Args:
@@ -58,6 +59,7 @@ def prepare(input_path: str, store_path: pathlib.Path, config: JobConfig, model:
     tokenizer: of the model.
     limit: only the first so many rows; None takes all.
     scores: rows are scored (`validate.parse`); each continuation of a row is a request.
+    advance: is told the number of rows each time some more are done.
 
   Raises:
     InputError: the file cannot be read at all.
@@ -70,6 +72,7 @@ def prepare(input_path: str, store_path: pathlib.Path, config: JobConfig, model:
   with RequestWriter(store_path) as store:
     for requests in prepare_rows(source, config, model, tokenizer, scores, names):
       num_rows += 1
+      advance(1)
       if not isinstance(requests, RowError):
         for request in requests:
           store.append(*request)

@@ -2,8 +2,8 @@
 
 import collections
 from collections.abc import Iterator
-import contextlib
 import dataclasses
+import itertools
 import pathlib
 import time
 from typing import Any
@@ -27,7 +27,7 @@ from batchjax.jobs import job as job_lib
 from batchjax.jobs import prepare
 from batchjax.jobs.identity import identity
 from batchjax.jobs.loaders import configure_jax, Loaders
-from batchjax.jobs.recorder import Recorder
+from batchjax.jobs.recorder import LOADING, READING, Recorder
 from batchjax.jobs.signals import Stop, stop_on_signal
 from batchjax.plan import planner
 from batchjax.plan.memory import num_kv_pages, settle
@@ -77,7 +77,8 @@ def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str
   if paths.is_remote(output_path):
     logging.info("the job keeps its state in %s", directory)
   _check_paths(input_path, output_path, error_path, directory)
-  with stop_on_signal() as stop:
+  with stop_on_signal() as stop, report.Progress(quiet=quiet) as progress:
+    progress.phase(READING[0])
     asked = config.model
     config = dataclasses.replace(config, model=hub.pin(
         asked, None if overwrite else job_lib.read_pins(directory)))
@@ -88,18 +89,20 @@ def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str
     job_identity = identity(config, input_path, limit) | ({"task": "score"} if scores else {})
     with job_lib.open_job(directory, job_identity, overwrite=overwrite,
                           pins=hub.pins(asked, config.model)) as job:
-      prepared, requests = _prepare_once(job, input_path, config, model_config, tokenizer, limit, scores)
+      progress.phase(READING[1])
+      prepared, requests = _prepare_once(job, input_path, config, model_config, tokenizer, limit, scores,
+                                         progress)
       if prepared.carried:
         logging.info("carried through to the output: %s", ", ".join(prepared.carried[:20]))
       with requests:
-        done = job.begin(prepared.num_rows)
-        for error in prepared.errors:
-          if not done[error.index]:
-            job.append_error(error.index, output.format_error(error, job_id=job.id))
+        done = job.begin(prepared.num_rows).copy()
+        errors = [error for error in prepared.errors if not done[error.index]]
+        for error in errors:
+          job.append_error(error.index, output.format_error(error, job_id=job.id))
         left = np.flatnonzero(~done[requests.indices])
         if len(left):
-          _complete(job, requests, left, prepared, config, model_config, tokenizer, quiet, loaders,
-                    stop)
+          _complete(job, requests, left, errors, config, model_config, tokenizer, progress, loaders,
+                    stop, num_done=int(done.sum()))
       finished = job.finish(output_path, error_path, Carried(
           input_path, prepared.carried, config.limits.max_line_bytes, limit, "score" if scores else "plain"))
       return dataclasses.replace(finished, unit="scores") if scores else finished
@@ -123,7 +126,7 @@ def _check_paths(input_path: str, output_path: str, error_path: str,
 
 
 def _prepare_once(job: job_lib.Job, input_path: str, config: JobConfig, model: ModelConfig,
-                  tokenizer: Tokenizer, limit: int | None, scores: bool
+                  tokenizer: Tokenizer, limit: int | None, scores: bool, progress: report.Progress
                   ) -> tuple[prepare.Prepared, RequestReader]:
   """Validated and tokenized rows; those of an earlier run of the job are used again if undamaged."""
   done_path, store_path = job.directory / folder.PREPARED, job.directory / folder.REQUESTS
@@ -138,7 +141,8 @@ def _prepare_once(job: job_lib.Job, input_path: str, config: JobConfig, model: M
     except (files.DamagedFile, TypeError) as e:  # TypeError: of another version
       logging.warning("%s: the input is tokenized again", e)
   try:
-    prepared = prepare.prepare(input_path, store_path, config, model, tokenizer, limit, scores)
+    prepared = prepare.prepare(input_path, store_path, config, model, tokenizer, limit, scores,
+                               progress.advance)
     sha256 = job_lib.hash_file(store_path)
     files.write_sealed(done_path, {"job": job.id, "sha256": sha256} | dataclasses.asdict(prepared))
   except BaseException:
@@ -158,31 +162,35 @@ def _stop_table(requests: RequestReader, model: ModelConfig, tokenizer: Tokenize
 
 
 def _complete(job: job_lib.Job, requests: RequestReader, left: np.ndarray,
-              prepared: prepare.Prepared, config: JobConfig, model_config: ModelConfig,
-              tokenizer: Tokenizer, quiet: bool, loaders: Loaders, stop: Stop) -> None:
+              errors: list[RowError], config: JobConfig, model_config: ModelConfig,
+              tokenizer: Tokenizer, progress: report.Progress, loaders: Loaders, stop: Stop,
+              num_done: int) -> None:
   """Runs the requests at positions `left` and journals each as it is done."""
   engine = config.engine
   stop_table = _stop_table(requests, model_config, tokenizer, config.limits.max_stop_table_bytes)
   device = jax.devices()[0]
+  progress.phase(LOADING)
   model = loaders.load(config.model, model_config)
   features = SamplingFeatures.of((r.sampling_params for r in requests),
                                  model.config.eos_token_ids)
-  num_errors = len(prepared.errors)
   run_record = report.RunRecord(
-      time=time.time(), device_kind=device.device_kind, num_devices=1,
+      time=time.time() - progress.secs, device_kind=device.device_kind, num_devices=1,
       model=config.model.name or hub.title(config.model.path) or config.model.shape,
-      jax_version=jax.__version__, num_requests=len(left) + num_errors,
+      jax_version=jax.__version__, num_requests=len(left) + len(errors),
       num_prompt_tokens=int(requests.prompt_lens[left].sum()),
       num_pages=num_kv_pages(model.config, engine), page_size=engine.page_size,
-      max_rows=engine.max_rows)
+      max_rows=engine.max_rows, num_done=num_done)
   pending: dict[str, tuple[StoredRow, int]] = {}
   answers: dict[int, list[tuple[StoredRow, Completion]]] = collections.defaultdict(list)
   num_requests = np.bincount(requests.indices)  # of each row
-  with contextlib.ExitStack() as stack:
-    progress = stack.enter_context(report.Progress(run_record, quiet=quiet))
-    metrics = stack.enter_context(report.MetricsWriter(job.directory / report.METRICS_FILE))
+
+  def text_of(index: int, start: int, length: int) -> str:
+    row, _ = next(itertools.islice(pending.values(), index, None))  # a window begins with none left
+    return tokenizer.decode(row.request.prompt_token_ids[start:start + length].tolist())
+
+  with report.MetricsWriter(job.directory / report.METRICS_FILE) as metrics:
     metrics.write(run_record)
-    recorder = Recorder(job.directory, metrics, progress, num_errors, stop)
+    recorder = Recorder(job.directory, run_record, metrics, progress, errors, text_of, stop)
     completions = generate(model, _pending(requests, left, engine, pending), engine,
                            features=features, stop_table=stop_table, observe=recorder.observe,
                            module_class=loaders.module_class)

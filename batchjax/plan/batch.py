@@ -106,6 +106,15 @@ class PromptScore(NamedTuple):
   next_tokens: np.ndarray
 
 
+class SchedulerStats(NamedTuple):
+  """Pages in use, rows in slots and waiting, and rows preempted so far."""
+
+  used_pages: int
+  num_running: int
+  num_waiting: int
+  num_preempted: int
+
+
 @dataclasses.dataclass(frozen=True)
 class Batch:
   """The work of one dispatch.
@@ -122,6 +131,7 @@ class Batch:
     prompt_scores: prompt log-probabilities to collect.
     num_steps: iterations of the decode loop; 1 for a mixed step.
     num_prompt_tokens: prompt tokens among `tokens`, recomputed ones included.
+    stats: the scheduler while the batch runs: rows and pages that leave with it are still there.
   """
 
   kind: Literal["mixed", "decode"]
@@ -134,6 +144,7 @@ class Batch:
   prompt_scores: tuple[PromptScore, ...]
   num_steps: int
   num_prompt_tokens: int
+  stats: SchedulerStats = SchedulerStats(0, 0, 0, 0)
 
   @classmethod
   def empty(cls, kind: Literal["mixed", "decode"]) -> "Batch":

@@ -42,6 +42,7 @@ class Prediction:
     padding_waste: part of the launched tokens that is padding.
     peak_pages: most pages in use, by any of the likely lengths.
     is_extrapolated: the window is longer than what was simulated.
+    step_secs: of a typical step in each bucket of the plan.
   """
 
   secs: float
@@ -51,6 +52,7 @@ class Prediction:
   padding_waste: float
   peak_pages: int
   is_extrapolated: bool
+  step_secs: tuple[float, ...]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -171,11 +173,9 @@ def make_plan(model: ModelConfig, requests: Sequence[Request], engine: EngineCon
   states = _states(max_rows, num_shared, num_pages, engine, available)
   _, buckets = min((solve(state, available, may_compile) for state in states
                     for may_compile in (False, True)), key=lambda solution: solution[0])
-  if is_only_window and max_tokens.max() <= 1:  # every row ends in the step that completes its prompt
-    buckets = tuple(bucket for bucket in buckets if bucket.kind == "mixed")
   _, cut_buckets = solve(Bucket("mixed", 0, max_rows, 0, num_pages), None)
   return dataclasses.replace(plan, buckets=buckets, prediction=_predict(
-      model, chip, shapes, buckets, cut_buckets, is_extrapolated))
+      model, chip, shapes, buckets, cut_buckets, is_extrapolated, step_secs))
 
 
 def _least_tokens(params: SamplingParams) -> int:
@@ -287,8 +287,8 @@ def _solve(engine: EngineConfig, shapes: list[simulate.StepShape],
 
 
 def _predict(model: ModelConfig, chip: Chip, shapes: list[simulate.StepShape],
-             buckets: Sequence[Bucket], cut_buckets: Sequence[Bucket],
-             is_extrapolated: bool) -> Prediction:
+             buckets: Sequence[Bucket], cut_buckets: Sequence[Bucket], is_extrapolated: bool,
+             step_secs: dict[str, Callable[[int], float]]) -> Prediction:
   sizes_in = lambda buckets: [_padded(buckets, shape.kind, shape.num_tokens) for shape in shapes]
   secs_of = lambda sizes: sum(shape.count * shape.secs(model, chip, size)
                               for size, shape in zip(sizes, shapes))
@@ -303,7 +303,8 @@ def _predict(model: ModelConfig, chip: Chip, shapes: list[simulate.StepShape],
       num_mixed=round(dispatches["mixed"]), num_decode=round(dispatches["decode"]),
       padding_waste=1 - sum(shape.count * shape.num_useful for shape in shapes) / max(launched, 1),
       peak_pages=max((shape.used_pages for shape in shapes), default=0),
-      is_extrapolated=is_extrapolated)
+      is_extrapolated=is_extrapolated,
+      step_secs=tuple(step_secs[b.kind](b.num_tokens) for b in buckets))
 
 
 def cached_tokens(requests: Sequence[Request], engine: EngineConfig) -> np.ndarray:

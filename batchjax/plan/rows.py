@@ -22,6 +22,7 @@ class Rows:
     prompt_len: tokens of its prompt.
     own_start: position of the first token in its own run.
     max_tokens: most tokens to generate.
+    is_fixed: bool[rows], taken to reach it: the model's end tokens are ignored.
     num_dispatched: generated tokens, those still in flight included.
     slot: device slot, -1 before and after.
     seq_of_slot: i64[slots], the row in each slot, -1 where there is none.
@@ -41,6 +42,7 @@ class Rows:
     self.prompt_len = tree.end[self.node]
     self.own_start = np.where(is_private, tree.start[self.node], self.prompt_len)
     self.max_tokens = max_tokens.astype(np.int32)[self.request]
+    self.is_fixed = np.array([r.sampling_params.ignore_eos for r in requests], bool)[self.request]
     self.num_dispatched = np.zeros(len(first), np.int32)
     self.slot = np.full(len(first), -1, np.int32)
     self.seq_of_slot = np.full(num_slots, -1)

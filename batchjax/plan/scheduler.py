@@ -3,7 +3,7 @@
 import bisect
 import collections
 from collections.abc import Sequence
-from typing import NamedTuple
+import dataclasses
 
 from jaxtyping import Int
 import numpy as np
@@ -11,23 +11,14 @@ import numpy as np
 from batchjax.cache.page_table import PageTable
 from batchjax.config import ConfigError
 from batchjax.plan.admission import num_admissible
-from batchjax.plan.batch import Admission, Batch
+from batchjax.plan.batch import Admission, Batch, SchedulerStats
 from batchjax.plan.builder import BatchBuilder
 from batchjax.plan.lengths import LengthPredictor
+from batchjax.plan.outlook import bins_of, NUM_BINS, Outlook
 from batchjax.plan.prefix_tree import PrefixTree
 from batchjax.plan.results import Results
 from batchjax.plan.rows import Rows
 from batchjax.types import Completion, Request, StepOutputs, StopTable
-
-
-class SchedulerStats(NamedTuple):
-  """Pages in use, rows in slots and waiting, requests completed and rows preempted so far."""
-
-  used_pages: int
-  num_running: int
-  num_waiting: int
-  num_retired: int
-  num_preempted: int
 
 
 class Scheduler:
@@ -80,6 +71,8 @@ class Scheduler:
     self._num_left = tree.num_rows.astype(np.int64)
     self._num_in_flight = 0
     self._num_preempted = 0
+    self._ended = np.zeros(NUM_BINS, np.int64)
+    self._prompt_tokens_left = int(tree.length.sum(dtype=np.int64))
 
   @property
   def finished(self) -> bool:
@@ -88,10 +81,34 @@ class Scheduler:
 
   @property
   def stats(self) -> SchedulerStats:
-    """Counters for metrics and progress."""
+    """Counters, as they are now; those of a batch are in it."""
     return SchedulerStats(used_pages=self._pool.num_pages - self._pool.num_free,
                           num_running=self._num_running, num_waiting=self._num_waiting,
-                          num_retired=self._results.num_complete, num_preempted=self._num_preempted)
+                          num_preempted=self._num_preempted)
+
+  @property
+  def num_finished(self) -> int:
+    """Requests of the window that have been completed and handed out."""
+    return self._results.num_complete
+
+  def outlook(self) -> Outlook:
+    """Where the rows stand that are to be dispatched again."""
+    rows, decoding = self._rows, self._decoding
+    seqs = np.concatenate([decoding, np.setdiff1d(rows.running, decoding), self._preempted,
+                           np.arange(self._next_seq, len(rows))]).astype(np.int64)
+    known, waiting = self._results.history.num_tokens[seqs], seqs[len(decoding):]
+    # Rows that came together are at their ends together.
+    lengths = self._lengths.predict(rows.num_dispatched[waiting], rows.max_tokens[waiting])
+    own_lens, page_size = rows.prompt_len[waiting] - rows.own_start[waiting], self._pool.page_size
+    shared = self._pool.num_held[self._max_rows + np.flatnonzero(self._is_open)].sum()
+    room = (self._pool.num_pages - shared) * page_size
+    fit = room / ((own_lens + lengths).mean() + page_size / 2) if len(waiting) else self._max_rows
+    return Outlook(
+        num_decoding=len(decoding), num_known=known, num_dispatched=rows.num_dispatched[seqs],
+        max_tokens=rows.max_tokens[seqs], is_fixed=rows.is_fixed[seqs], ended=self._ended.copy(),
+        prompt_tokens=self._prompt_tokens_left,
+        max_rows=max(1, min(self._max_rows, int(fit))), max_step_tokens=self._max_step_tokens,
+        max_decode_steps=self._max_decode_steps, num_in_flight=self._num_in_flight)
 
   @property
   def _num_running(self) -> int:
@@ -116,8 +133,10 @@ class Scheduler:
         return None
       kind, num_steps = "decode", self._reserve_loop()
     batch = step.build(kind, num_steps, self._admissions, np.flatnonzero(self._is_open))
+    batch = dataclasses.replace(batch, stats=self.stats)
     self._admissions = []
     self._num_in_flight += 1
+    self._prompt_tokens_left = max(0, self._prompt_tokens_left - batch.num_prompt_tokens)
     drawing = batch.samples.seq
     num_dispatched = np.minimum(batch.samples.num_generated + num_steps, batch.samples.max_tokens)
     self._rows.num_dispatched[drawing] = num_dispatched
@@ -270,6 +289,7 @@ class Scheduler:
 
   def _preempt(self, seq: int) -> None:
     self._num_preempted += 1
+    self._prompt_tokens_left += int(self._rows.prompt_len[seq] - self._rows.own_start[seq])
     if (False, seq) in self._prefill:
       self._prefill.remove((False, seq))
     nodes = self._leave_slots(np.array([seq]))
@@ -284,7 +304,10 @@ class Scheduler:
     self._num_in_flight -= 1
     ended = self._results.add(batch, outputs)
     self._release(ended[self._rows.slot[ended] >= 0])
-    self._lengths.add(self._results.history.num_tokens[ended], self._rows.max_tokens[ended])
+    lengths, max_tokens = self._results.history.num_tokens[ended], self._rows.max_tokens[ended]
+    self._lengths.add(lengths, max_tokens)
+    if not (is_fixed := self._rows.is_fixed[ended]).all():
+      self._ended += bins_of(lengths[~is_fixed], max_tokens[~is_fixed])
     return self._results.complete(ended)
 
   def check_integrity(self) -> None:

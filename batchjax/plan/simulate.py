@@ -11,7 +11,7 @@ import numpy as np
 from batchjax.config import ModelConfig
 from batchjax.plan.batch import Batch
 from batchjax.plan.cost import Chip, step_cost
-from batchjax.plan.scheduler import Scheduler, SchedulerStats
+from batchjax.plan.scheduler import Scheduler
 from batchjax.types import StepOutputs
 
 
@@ -89,13 +89,13 @@ def _dispatches(scheduler: Scheduler, num_top: int, lengths: Int[np.ndarray, "ro
       return
     if batch is not None:
       outputs = outputs_of(batch, num_top, lengths)
-      yield _shape(batch, outputs, scheduler.stats)
+      yield _shape(batch, outputs)
       in_flight.append((batch, outputs))
     if batch is None or len(in_flight) > lookahead:
       scheduler.retire(*in_flight.popleft())
 
 
-def _shape(batch: Batch, outputs: StepOutputs, stats: SchedulerStats) -> StepShape:
+def _shape(batch: Batch, outputs: StepOutputs) -> StepShape:
   entries, shared, offsets = batch.entries, batch.shared, batch.entries.offsets
   own_len = np.where(entries.seq >= 0, entries.kv_len, 0)
   num_below = offsets[shared.end_entry] - offsets[shared.first_entry]
@@ -106,7 +106,7 @@ def _shape(batch: Batch, outputs: StepOutputs, stats: SchedulerStats) -> StepSha
       num_prompt_tokens=batch.num_prompt_tokens, num_drawn=int(is_drawn.sum()),
       kv_read_tokens=int(own_len.sum() + shared.kv_len.sum()),
       attn_pairs=int(own_len @ entries.num_tokens + shared.kv_len @ num_below),
-      used_pages=stats.used_pages, num_slots=max(stats.num_running, batch.num_rows))
+      used_pages=batch.stats.used_pages, num_slots=batch.stats.num_running)
 
 
 def outputs_of(batch: Batch, num_top: int,

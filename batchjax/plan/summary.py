@@ -1,5 +1,6 @@
 """A plan as JSON: what `batchjax plan` prints and the report draws."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -7,10 +8,19 @@ import numpy as np
 from batchjax.plan.planner import Plan
 
 _MAX_NODES = 60
+# Of a node's text, enough to know it by.
+_MAX_TEXT_TOKENS, _MAX_TEXT_CHARS = 24, 80
 
 
-def plan_summary(plan: Plan) -> dict[str, Any]:
-  """The `plan.json` of a job directory; `report.sharing` says what its fields mean."""
+def plan_summary(plan: Plan, text_of: Callable[[int, int, int], str] | None = None
+                 ) -> dict[str, Any]:
+  """The `plan.json` of a job directory; `report.sharing` says what its fields mean.
+
+  Args:
+    plan: of a window.
+    text_of: `text_of(request_index, start, length)` is the text of tokens of a prompt of the window;
+      None leaves texts out.
+  """
   tree, totals, prediction = plan.tree, plan.totals, plan.prediction
   saved = np.where(tree.num_rows > 1, tree.length.astype(np.int64) * (tree.num_rows - 1), 0)
   saved[0] = 0
@@ -22,8 +32,12 @@ def plan_summary(plan: Plan) -> dict[str, Any]:
     parent = int(tree.parent[node])
     while parent > 0 and parent not in place:
       parent = int(tree.parent[parent])
-    nodes.append({"parent": place.get(parent, -1), "start": int(tree.start[node]),
-                  "length": int(tree.length[node]), "num_rows": int(tree.num_rows[node])})
+    start, length = int(tree.start[node]), int(tree.length[node])
+    nodes.append({"parent": place.get(parent, -1), "start": start, "length": length,
+                  "num_rows": int(tree.num_rows[node])})
+    if text_of is not None:
+      text = text_of(int(tree.source[node]), start, min(length, _MAX_TEXT_TOKENS))
+      nodes[-1]["text"] = " ".join(text.split())[:_MAX_TEXT_CHARS]
   summary = {
       "nodes": nodes,
       "totals": {"prompt_tokens_asked": totals.prompt_tokens_asked,

@@ -13,9 +13,11 @@ from batchjax.report.metrics import Record
 from batchjax.report.metrics import RequestRecord
 from batchjax.report.metrics import Run
 from batchjax.report.metrics import RunRecord
+from batchjax.report.metrics import StartRecord
 from batchjax.report.metrics import StepRecord
 from batchjax.report.progress import Progress
 from batchjax.report.sharing import PLAN_FILE
+from batchjax.report.summary import RunFigures
 from batchjax.report.summary import StepTotals
 from batchjax.report.summary import summarize
 from batchjax.report.summary import Summary

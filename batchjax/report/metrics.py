@@ -36,6 +36,7 @@ class RunRecord:
     jax_version: of the installed JAX.
     num_requests: requests this run sets out to answer: all of the job in the
       first run, those left after a resume. Error rows count.
+    num_done: requests that earlier runs had answered.
     num_prompt_tokens: prompt tokens of these requests, shared ones counted each time.
     num_pages: pages of the KV pool.
     page_size: tokens of a page.
@@ -55,9 +56,30 @@ class RunRecord:
   page_size: int
   max_rows: int
   buckets: tuple[str, ...] = ()
+  num_done: int = 0
 
   def __post_init__(self):
     object.__setattr__(self, "buckets", tuple(self.buckets))
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StartRecord:
+  """What came before the first step, in seconds of wall time.
+
+  Attributes:
+    read_secs: reading rows and turning them into tokens, or taking those of an earlier run.
+    load_secs: loading the model.
+    plan_secs: planning.
+    compile_secs: having every shape: looked up, or compiled side by side.
+    warm_up_secs: making the KV pool, and the first run of each shape.
+  """
+
+  TAG: ClassVar[str] = "start"
+  read_secs: float
+  load_secs: float
+  plan_secs: float
+  compile_secs: float
+  warm_up_secs: float
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -88,12 +110,12 @@ class StepRecord:
     num_steps: iterations dispatched; 1 in a mixed step.
     num_tokens: useful tokens, over all iterations.
     bucket_tokens: tokens launched, over all iterations.
-    num_rows: rows running.
+    num_rows: rows that held a slot while it ran.
     bucket_rows: rows launched.
     prompt_tokens: prompt tokens computed, those of preempted rows again.
     generated_tokens: tokens drawn.
-    used_pages: pages of the KV pool in use.
-    waiting: requests not yet admitted.
+    used_pages: pages of the KV pool in use while it ran.
+    waiting: rows not yet admitted then.
     finished: requests of this run answered so far, error rows included.
     preempted: rows preempted in this run so far.
   """
@@ -128,8 +150,8 @@ class RequestRecord:
   """One answered request.
 
   Attributes:
-    request_id: its id in the job.
-    row: its line in the input file, from 0.
+    request_id: its id in the job; "" where an error row has none.
+    row: its place among the rows of the input file, from 0.
     prompt_tokens: length of the prompt.
     cached_tokens: prompt tokens whose KV another request had computed.
     generated_tokens: over all its samples.
@@ -149,14 +171,15 @@ class RequestRecord:
   finish_reason: Literal["stop", "length", "error"]
 
 
-Record = RunRecord | CompileRecord | StepRecord | RequestRecord
+Record = RunRecord | StartRecord | CompileRecord | StepRecord | RequestRecord
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class Run:
-  """The records of one run, in the order they were written."""
+  """The records of one run, in the order they were written; `start` is None until it has started."""
 
   record: RunRecord
+  start: StartRecord | None = None
   compiles: list[CompileRecord] = dataclasses.field(default_factory=list)
   steps: list[StepRecord] = dataclasses.field(default_factory=list)
   requests: list[RequestRecord] = dataclasses.field(default_factory=list)
@@ -211,7 +234,8 @@ def read_records(path: str | os.PathLike) -> Iterator[Record]:
     MetricsError: a whole line is not a record.
     FileNotFoundError: there is no such file.
   """
-  classes = {cls.TAG: cls for cls in (RunRecord, CompileRecord, StepRecord, RequestRecord)}
+  classes = {cls.TAG: cls for cls in (RunRecord, StartRecord, CompileRecord, StepRecord,
+                                      RequestRecord)}
   with open(path, encoding="utf-8", newline="\n", errors="replace",
             opener=files.open_regular) as file:
     for number, line in enumerate(file, start=1):
@@ -244,6 +268,8 @@ def read_runs(path: str | os.PathLike) -> tuple[Run, ...]:
       runs.append(Run(record))
     elif not runs:
       raise MetricsError(f"{path} begins with a {record.TAG!r} record; a run must come first")
+    elif isinstance(record, StartRecord):
+      runs[-1].start = record
     elif isinstance(record, CompileRecord):
       runs[-1].compiles.append(record)
     elif isinstance(record, StepRecord):

@@ -15,10 +15,11 @@ import jinja2
 import markupsafe
 
 from batchjax.io import files
-from batchjax.report import plots
+from batchjax.report import plan_words, plots
 from batchjax.report.metrics import Run, RunRecord
 from batchjax.report.sharing import PLAN_FILE, PlanFile, PlanFileError, read_plan_file
-from batchjax.report.summary import Summary, answered, load_runs, summarize_runs
+from batchjax.report.summary import answered, load_runs, RunFigures, Summary, summarize_runs
+from batchjax.report.text import time_text
 
 MANIFEST_FILE = "manifest.json"
 
@@ -41,6 +42,8 @@ def render_page(job_dir: str | os.PathLike) -> str:
   return environment.get_template("page.html.j2").render(
       summary=summary, tiles=_tiles(summary), runs=[_run_row(run.record, run) for run in runs],
       compiles=[record for run in runs for record in run.compiles],
+      figures=_run_figures(summary), plan_rows=plan_words.rows(plan) if plan else [],
+      prefixes=plan_words.prefixes(plan) if plan else [],
       over_time=_picture(plots.over_time, runs),
       padding=_picture(plots.padding, summary.buckets),
       lengths=_picture(plots.lengths, [r for r in answered(runs) if r.finish_reason != "error"]),
@@ -62,22 +65,31 @@ def write_page(job_dir: str | os.PathLike, path: str | os.PathLike) -> None:
 
 
 def _tiles(s: Summary) -> list[tuple[str, str, str]]:
-  """(figure, what it is, a detail) of what a person asks first."""
+  """(figure, what it is, a detail) of what a person asks first; of all runs."""
+  start = s.all_runs.start
   return [
-      (f"{s.output_tokens_per_sec:,.0f}", "output tokens per second",
-       f"{s.total_tokens_per_sec:,.0f} with prompts"),
+      (f"{s.all_runs.output_tokens_per_sec:,.0f}", "output tokens per second in steps",
+       f"{s.all_runs.wall_tokens_per_sec:,.0f} from the call to the last result"),
       (f"{s.num_finished:,}", f"of {s.num_requests:,} requests answered",
        f"{s.num_errors:,} errors"),
-      (f"{s.wall_secs:,.1f} s", "wall time",
-       f"{len(s.runs)} run{'' if len(s.runs) == 1 else 's'}"),
+      (f"{s.all_runs.wall_secs:,.1f} s", "from the call to the last result",
+       f"{s.all_runs.step_secs:,.1f} s in steps"
+       + (f", {len(s.runs)} runs" if len(s.runs) > 1 else "")),
       (f"{s.cached_share:.1%}" if s.finished_prompt_tokens else "–", "of prompt tokens cached",
        f"{s.computed_tokens:,} computed of {s.prompt_tokens:,}"),
       (f"{s.padding:.1%}", "padding", "of launched tokens"),
       (f"{s.host_share:.1%}", "host share", "of step time"),
       (f"{s.peak_kv_use:.1%}", "KV pool at its peak", f"{s.num_preempted:,} rows preempted"),
-      (f"{s.compile_secs:,.1f} s", f"for {s.num_compiles} compiles",
-       f"{s.num_cached_compiles} from the cache"),
+      (f"{start.compile_secs:,.1f} s" if start else "not known", f"to have {s.num_compiles} shapes",
+       f"{s.num_cached_compiles} of them from the cache"),
   ]
+
+
+def _run_figures(s: Summary) -> list[tuple[str, RunFigures, str]]:
+  """(whose, figures, their time in words) of the last run, and of all of them where there are more."""
+  runs = [("last run", s.last_run), ("all runs", s.all_runs)] if len(s.runs) > 1 else [
+      ("this run", s.all_runs)]
+  return [(name, figures, time_text(figures)) for name, figures in runs if s.runs]
 
 
 def _run_row(record: RunRecord, run: Run) -> dict[str, Any]:
@@ -86,10 +98,12 @@ def _run_row(record: RunRecord, run: Run) -> dict[str, Any]:
           "wall_secs": run.wall_secs, "num_answered": len(run.requests)}
 
 
-def _picture(draw: Callable[[Any], str], data: Any) -> markupsafe.Markup:
-  """The picture, or the reason there is none."""
+def _picture(draw: Callable[[Any, float], str], data: Any) -> markupsafe.Markup:
+  """The picture, for wide and for narrow screens, or the reason there is none."""
   try:
-    return markupsafe.Markup(draw(data))
+    return markupsafe.Markup("".join(
+        f'<div class="{name}">{draw(data, width)}</div>'
+        for name, width in (("wide", plots.WIDE), ("narrow", plots.NARROW))))
   except plots.NothingToDraw as reason:
     return _missing(str(reason).capitalize())
 

@@ -4,9 +4,11 @@ Figures are drawn in placeholder colours that become CSS variables, so one SVG
 reads well on a light and on a dark page. Text stays text, in the page's font.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+import html
 import io
 import re
+from types import MappingProxyType
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -17,15 +19,16 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 import numpy as np
 
 from batchjax.report.metrics import RequestRecord, Run
-from batchjax.report.sharing import PlanFile, row_starts
+from batchjax.report.sharing import node_names, PlanFile, row_starts, SharedNode
 from batchjax.report.summary import StepTotals
+from batchjax.report.terminal import printable
 
 _INK, _MUTED, _GRID = "#010203", "#010204", "#010205"
 _BLUE, _ORANGE, _GREEN, _VIOLET, _SHADE, _PAPER = (
     "#010206", "#010207", "#010208", "#010209", "#01020a", "#01020b")
 _CSS = {_INK: "ink", _MUTED: "muted", _GRID: "grid", _BLUE: "blue", _ORANGE: "orange",
         _GREEN: "green", _VIOLET: "violet", _SHADE: "shade", _PAPER: "paper"}
-_WIDTH_INCHES = 9.0
+WIDE, NARROW = 9.0, 4.4  # inches: of a picture on a screen, and on a telephone
 _MAX_BINS = 240
 
 
@@ -33,7 +36,7 @@ class NothingToDraw(ValueError):
   """The data of a picture is not there yet; the message says what is missing."""
 
 
-def over_time(runs: Sequence[Run]) -> str:
+def over_time(runs: Sequence[Run], width_inches: float = WIDE) -> str:
   """Output and prompt throughput, rows and KV use against wall time, runs end to end.
 
   Raises:
@@ -46,7 +49,7 @@ def over_time(runs: Sequence[Run]) -> str:
   secs = np.array([offset + step.secs for offset, _, step in steps])
   begin = secs - np.array([step.step_secs for *_, step in steps])
   edges = np.linspace(0, max(secs[-1], 1e-3), min(_MAX_BINS, max(60, len(steps) // 4)) + 1)
-  figure, axes = _figure(6.4, 4)
+  figure, axes = _figure(width_inches, 6.4, 4)
   for axis, values, title, color in (
       (axes[0], [s.generated_tokens for *_, s in steps], "Output tokens per second", _BLUE),
       (axes[1], [s.prompt_tokens for *_, s in steps], "Prompt tokens computed per second",
@@ -72,7 +75,7 @@ def over_time(runs: Sequence[Run]) -> str:
   return _svg(figure)
 
 
-def padding(buckets: Sequence[StepTotals]) -> str:
+def padding(buckets: Sequence[StepTotals], width_inches: float = WIDE) -> str:
   """Launched tokens of each bucket, useful ones and padding.
 
   Raises:
@@ -80,7 +83,7 @@ def padding(buckets: Sequence[StepTotals]) -> str:
   """
   if not buckets:
     raise NothingToDraw("no step is recorded")
-  figure, (axis,) = _figure(0.7 + 0.32 * len(buckets), 1)
+  figure, (axis,) = _figure(width_inches, 0.7 + 0.32 * len(buckets), 1)
   places = np.arange(len(buckets))
   useful = np.array([b.num_tokens for b in buckets])
   launched = np.array([b.bucket_tokens for b in buckets])
@@ -91,7 +94,8 @@ def padding(buckets: Sequence[StepTotals]) -> str:
                   textcoords="offset points", va="center", color=_MUTED)
   axis.set_yticks(places, [b.name for b in buckets])
   axis.invert_yaxis()
-  axis.set_xlim(0, launched.max() * 1.18)
+  axis.set_xlim(0, launched.max() * (1 + 1.6 / width_inches))
+  axis.xaxis.set_major_locator(MaxNLocator(round(width_inches)))
   axis.xaxis.set_major_formatter(EngFormatter(sep=""))
   axis.grid(axis="x", color=_GRID, lw=0.8)
   axis.spines["left"].set_visible(False)
@@ -99,41 +103,52 @@ def padding(buckets: Sequence[StepTotals]) -> str:
   return _svg(figure)
 
 
-def sharing(plan: PlanFile) -> str:
+def sharing(plan: PlanFile, width_inches: float = WIDE) -> str:
   """The shared nodes as a map: rows across, prompt positions down, so area is tokens asked.
 
-  A node is computed for one of its rows; the stronger its colour, the more tokens that saves.
+  A node is computed for one of its rows; the stronger its colour, the more tokens that saves. Its box
+  has its name, and a tooltip with its figures and how its text begins.
 
   Raises:
     NothingToDraw: no node is shared.
   """
   if not plan.nodes:
     raise NothingToDraw("no prompt prefix is shared")
-  figure, (axis,) = _figure(4.2, 1)
-  starts = row_starts(plan.nodes)
+  figure, (axis,) = _figure(width_inches, 4.2, 1)
+  starts, names = row_starts(plan.nodes), node_names(plan.nodes)
   num_rows = sum(node.num_rows for node in plan.nodes if node.parent < 0)
   depth = max(node.start + node.length for node in plan.nodes)
   most_saved = max(max(node.saved_tokens for node in plan.nodes), 1)
-  for row, node in zip(starts, plan.nodes):
+  for row, name, node in zip(starts, names, plan.nodes):
     alpha = 0.25 + 0.6 * (node.saved_tokens / most_saved) ** 0.5
     axis.add_patch(Rectangle((row, node.start), node.num_rows, node.length, lw=0))
     axis.patches[-1].set(facecolor=_BLUE, alpha=alpha)
     axis.add_patch(Rectangle((row, node.start), node.num_rows, node.length, fill=False, lw=0.8))
-    axis.patches[-1].set(edgecolor=_PAPER)
-    width, height = node.num_rows / num_rows, node.length / depth
-    if width > 0.16 and height > 0.06:
-      axis.text(row + node.num_rows / 2, node.start + node.length / 2,
-                f"{node.length:,} tokens × {node.num_rows:,} rows", ha="center", va="center",
-                color=_INK)
+    axis.patches[-1].set(edgecolor=_PAPER, gid=f"node {name}")
+    width, height = node.num_rows / num_rows * width_inches, node.length / depth
+    # As much as the box holds: in words, or its name alone.
+    for text, room in ((f"{name}: {node.length:,} tokens × {node.num_rows:,} rows", 2.2), (name, 0.4)):
+      if width > room and height > 0.06:
+        axis.text(row + node.num_rows / 2, node.start + node.length / 2, text, ha="center",
+                  va="center", color=_INK)
+        break
   axis.set_xlim(0, num_rows)
   axis.set_ylim(depth, 0)
   axis.set_xlabel("rows, in plan order", color=_MUTED)
   axis.set_ylabel("prompt position", color=_MUTED)
-  axis.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-  return _svg(figure)
+  axis.xaxis.set_major_locator(MaxNLocator(round(width_inches) - 1, integer=True))
+  return _svg(figure, {f"node {name}": tooltip(name, node) for name, node in zip(names, plan.nodes)})
 
 
-def lengths(requests: Sequence[RequestRecord]) -> str:
+def tooltip(name: str, node: SharedNode) -> str:
+  """A shared node in words."""
+  text = f": “{printable(node.text)}…”" if node.text else ""
+  return (f"prefix {name}, positions {node.start:,} to {node.start + node.length - 1:,}: "
+          f"{node.length:,} tokens shared by {node.num_rows:,} rows, saves {node.saved_tokens:,} "
+          f"tokens{text}")
+
+
+def lengths(requests: Sequence[RequestRecord], width_inches: float = WIDE) -> str:
   """Histograms of prompt and output lengths.
 
   Raises:
@@ -141,7 +156,8 @@ def lengths(requests: Sequence[RequestRecord]) -> str:
   """
   if not requests:
     raise NothingToDraw("no request is answered yet")
-  figure, axes = _figure(2.5, 2, across=True)
+  across = width_inches > NARROW
+  figure, axes = _figure(width_inches, 2.5 if across else 4.4, 2, across)
   for axis, values, title, color in (
       (axes[0], [r.prompt_tokens for r in requests], "Prompt tokens", _ORANGE),
       (axes[1], [r.generated_tokens for r in requests], "Output tokens", _BLUE)):
@@ -179,8 +195,9 @@ def _most(begin: np.ndarray, end: np.ndarray, values: np.ndarray,
   return np.array([values[i:j].max(initial=0) for i, j in zip(first, last)])
 
 
-def _figure(height_inches: float, num_axes: int, across: bool = False) -> tuple[Figure, list[Axes]]:
-  figure = Figure(figsize=(_WIDTH_INCHES, height_inches), layout="constrained")
+def _figure(width_inches: float, height_inches: float, num_axes: int, across: bool = False
+            ) -> tuple[Figure, list[Axes]]:
+  figure = Figure(figsize=(width_inches, height_inches), layout="constrained")
   FigureCanvasSVG(figure)
   figure.patch.set_visible(False)
   shape = (1, num_axes) if across else (num_axes, 1)
@@ -205,7 +222,8 @@ def _fill(axis: Axes, title: str, color: str) -> None:
   axis.grid(axis="y", color=_GRID, lw=0.8)
 
 
-def _svg(figure: Figure) -> str:
+def _svg(figure: Figure, titles: Mapping[str, str] = MappingProxyType({})) -> str:
+  """The figure as SVG text; `titles` are the tooltips of what has a name (`gid`)."""
   buffer = io.StringIO()
   with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "batchjax"}):
     figure.savefig(buffer, format="svg", metadata={"Date": None, "Creator": None})
@@ -214,5 +232,9 @@ def _svg(figure: Figure) -> str:
   for color, name in _CSS.items():
     svg = svg.replace(color, f"var(--{name})")
   svg = re.sub(r"<metadata>.*?</metadata>\s*", "", svg, flags=re.DOTALL)
+  for name, title in titles.items():
+    svg = svg.replace(f'<g id="{name}">',
+                      f'<g id="{name}" pointer-events="all"><title>{html.escape(title)}</title>')
+  svg = re.sub(r' id="node [\d.]+"', "", svg)
   # Names such as axes_1 would repeat over the pictures of a page; nothing refers to them.
   return re.sub(r' id="[\w.]+_\d+"', "", svg)

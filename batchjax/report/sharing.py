@@ -1,6 +1,7 @@
 """What a job planned to share: `plan.json` of the job directory.
 
-    {"nodes": [{"parent": -1, "start": 0, "length": 812, "num_rows": 1319}, ...],
+    {"nodes": [{"parent": -1, "start": 0, "length": 812, "num_rows": 1319,
+                "text": "Q: There are 15 trees in the grove."}, ...],
      "totals": {"prompt_tokens_asked": 1234567, "prompt_tokens_computed": 163456,
                 "optimum": 161002},
      "buckets": [{"kind": "mixed", "tokens": 1024, "rows": 64}, ...],
@@ -9,7 +10,7 @@
 A node is a range of prompt tokens that several rows share and that is computed
 once. `parent` is the index in `nodes` of the nearest listed node above it, or -1;
 a parent comes before its children. `start` is the position of its first token,
-`length` its tokens, `num_rows` the rows below it. The list holds the nodes that
+`length` its tokens, `num_rows` the rows below it, `text`, if there, how it begins. The list holds the nodes that
 save most tokens, about 60, depth first. `optimum` is what computing every shared
 token once would compute, without a bound on levels or memory. `buckets` are
 table rows with any keys. Further numbers or strings beside them are shown as they are.
@@ -33,12 +34,13 @@ class PlanFileError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class SharedNode:
-  """A prompt range computed once for several rows; `parent` indexes the list, or is -1."""
+  """A prompt range computed once for several rows; `parent` indexes the list, or is -1; `text` may be ""."""
 
   parent: int
   start: int
   length: int
   num_rows: int
+  text: str = ""
 
   @property
   def saved_tokens(self) -> int:
@@ -96,6 +98,17 @@ def read_plan_file(path: str | os.PathLike) -> PlanFile:
       raise PlanFileError(f"{os.path.basename(path)}: nodes[{index}] = {node} must have a parent "
                           "before it (or -1), start >= 0, length >= 1 and num_rows >= 1")
   return plan
+
+
+def node_names(nodes: tuple[SharedNode, ...]) -> tuple[str, ...]:
+  """"1" and "2" for the topmost nodes in the order of the list, "1.1" for the first below "1"."""
+  names: list[str] = []
+  num_below = [0] * (len(nodes) + 1)  # of the root, then of each node
+  for node in nodes:
+    num_below[node.parent + 1] += 1
+    above = f"{names[node.parent]}." if node.parent >= 0 else ""
+    names.append(f"{above}{num_below[node.parent + 1]}")
+  return tuple(names)
 
 
 def row_starts(nodes: tuple[SharedNode, ...]) -> tuple[int, ...]:

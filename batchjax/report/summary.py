@@ -1,13 +1,14 @@
 """The figures of a job, over all its runs."""
 
 import collections
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 import dataclasses
 import heapq
 import os
 import pathlib
 
-from batchjax.report.metrics import METRICS_FILE, RequestRecord, Run, RunRecord, StepRecord
+from batchjax.report.metrics import METRICS_FILE, RequestRecord, Run, RunRecord, StartRecord
+from batchjax.report.metrics import StepRecord
 from batchjax.report.metrics import read_runs
 
 
@@ -38,6 +39,39 @@ class StepTotals:
 
 
 @dataclasses.dataclass(frozen=True)
+class RunFigures:
+  """One run, or all runs of a job, in seconds of wall time and tokens.
+
+  Attributes:
+    num_answered: requests answered, error rows not included.
+    generated_tokens: tokens drawn.
+    prompt_tokens: of the requests answered.
+    computed_tokens: prompt tokens computed.
+    wall_secs: from the call to the last result.
+    step_secs: of these, in steps.
+    start: of these, before the first step; None where that is not recorded, or not over yet.
+  """
+
+  num_answered: int
+  generated_tokens: int
+  prompt_tokens: int
+  computed_tokens: int
+  wall_secs: float
+  step_secs: float
+  start: StartRecord | None
+
+  @property
+  def output_tokens_per_sec(self) -> float:
+    """Tokens drawn per second in steps."""
+    return _ratio(self.generated_tokens, self.step_secs)
+
+  @property
+  def wall_tokens_per_sec(self) -> float:
+    """Tokens drawn per second from the call to the last result."""
+    return _ratio(self.generated_tokens, self.wall_secs)
+
+
+@dataclasses.dataclass(frozen=True)
 class Summary:
   """A job in figures, a running or resumed one included.
 
@@ -47,6 +81,8 @@ class Summary:
   Attributes:
     name: of the job directory.
     runs: the first record of each run, oldest first.
+    last_run, all_runs: figures of the newest run, and of all of them; those of a job without a run
+      are zero.
     num_requests: requests of the job, error rows included.
     num_finished: requests answered, error rows not included.
     num_errors: error rows.
@@ -56,14 +92,11 @@ class Summary:
     computed_tokens: prompt tokens computed, those of preempted rows and lost work again.
     output_tokens: tokens in the answers.
     generated_tokens: tokens drawn, by unfinished requests and lost runs too.
-    wall_secs: of all runs, from begin to last result.
-    step_secs: of these, attributed to steps.
     host_secs: of the host's planning and packing, most of it while the device computes.
     kinds: steps by kind.
     buckets: steps by launched shape.
     num_compiles: shapes compiled or loaded.
     num_cached_compiles: of these, from the persistent cache.
-    compile_secs: of all compiles, which overlap.
     num_preempted: rows preempted.
     peak_pages: pages in use when the largest share of the pool was.
     peak_pool_pages: pages of that pool; a resume may bring another one.
@@ -73,6 +106,8 @@ class Summary:
 
   name: str
   runs: tuple[RunRecord, ...]
+  last_run: RunFigures
+  all_runs: RunFigures
   num_requests: int
   num_finished: int
   num_errors: int
@@ -82,14 +117,11 @@ class Summary:
   computed_tokens: int
   output_tokens: int
   generated_tokens: int
-  wall_secs: float
-  step_secs: float
   host_secs: float
   kinds: tuple[StepTotals, ...]
   buckets: tuple[StepTotals, ...]
   num_compiles: int
   num_cached_compiles: int
-  compile_secs: float
   num_preempted: int
   peak_pages: int
   peak_pool_pages: int
@@ -107,16 +139,6 @@ class Summary:
     return _ratio(self.cached_tokens, self.finished_prompt_tokens)
 
   @property
-  def output_tokens_per_sec(self) -> float:
-    """Tokens drawn per second of wall time."""
-    return _ratio(self.generated_tokens, self.wall_secs)
-
-  @property
-  def total_tokens_per_sec(self) -> float:
-    """Tokens drawn, and prompt tokens of the answered requests, per second of wall time."""
-    return _ratio(self.finished_prompt_tokens + self.generated_tokens, self.wall_secs)
-
-  @property
   def padding(self) -> float:
     """Share of all launched tokens that is padding."""
     launched = sum(b.bucket_tokens for b in self.buckets)
@@ -130,7 +152,7 @@ class Summary:
   @property
   def host_share(self) -> float:
     """Host time per step time; the device waits for the host as this nears 1."""
-    return _ratio(self.host_secs, self.step_secs)
+    return _ratio(self.host_secs, self.all_runs.step_secs)
 
 
 def summarize(job_dir: str | os.PathLike, *, num_slowest: int = 10) -> Summary:
@@ -167,13 +189,15 @@ def summarize_runs(name: str, runs: tuple[Run, ...], *, num_slowest: int = 10) -
   done = [r for r in requests if r.finish_reason != "error"]
   pools = [(s.used_pages, run.record.num_pages) for run in runs for s in run.steps]
   peak_pages, peak_pool_pages = max(pools, key=lambda pool: _ratio(*pool), default=(0, 0))
+  # A kill may have taken the record of a request, but not its answer, which the next run has counted.
+  num_known = runs[-1].record.num_done + len(answered(runs[-1:])) if runs else 0
   reasons = collections.Counter(r.finish_reason for r in requests)
   return Summary(
       name=name,
       runs=tuple(run.record for run in runs),
-      # A resumed run has those left, so the largest number is that of the whole job.
-      num_requests=max((run.record.num_requests for run in runs), default=0),
-      num_finished=len(done),
+      last_run=_figures(runs[-1:], answered(runs[-1:])), all_runs=_figures(runs, requests),
+      num_requests=max((run.record.num_requests + run.record.num_done for run in runs), default=0),
+      num_finished=max(len(requests), num_known) - (len(requests) - len(done)),
       num_errors=len(requests) - len(done),
       prompt_tokens=max((run.record.num_prompt_tokens for run in runs), default=0),
       finished_prompt_tokens=sum(r.prompt_tokens for r in done),
@@ -181,14 +205,11 @@ def summarize_runs(name: str, runs: tuple[Run, ...], *, num_slowest: int = 10) -
       computed_tokens=sum(s.prompt_tokens for s in steps),
       output_tokens=sum(r.generated_tokens for r in done),
       generated_tokens=sum(s.generated_tokens for s in steps),
-      wall_secs=sum(run.wall_secs for run in runs),
-      step_secs=sum(s.step_secs for s in steps),
       host_secs=sum(s.host_secs for s in steps),
       kinds=_totals((s.kind, s) for s in steps),
       buckets=_totals((s.bucket, s) for s in steps),
       num_compiles=len(compiles),
       num_cached_compiles=sum(c.cached for c in compiles),
-      compile_secs=sum(c.secs for c in compiles),
       num_preempted=sum(max((s.preempted for s in run.steps), default=0) for run in runs),
       peak_pages=peak_pages,
       peak_pool_pages=peak_pool_pages,
@@ -198,7 +219,19 @@ def summarize_runs(name: str, runs: tuple[Run, ...], *, num_slowest: int = 10) -
 
 def answered(runs: Iterable[Run]) -> list[RequestRecord]:
   """The requests answered, each once, as its last run recorded it."""
-  return list({r.request_id: r for run in runs for r in run.requests}.values())
+  return list({r.row: r for run in runs for r in run.requests}.values())
+
+
+def _figures(runs: Sequence[Run], requests: Iterable[RequestRecord]) -> RunFigures:
+  steps = [step for run in runs for step in run.steps]
+  done = [r for r in requests if r.finish_reason != "error"]
+  starts = [dataclasses.astuple(run.start) for run in runs if run.start is not None]
+  return RunFigures(
+      num_answered=len(done), generated_tokens=sum(s.generated_tokens for s in steps),
+      prompt_tokens=sum(r.prompt_tokens for r in done),
+      computed_tokens=sum(s.prompt_tokens for s in steps), wall_secs=sum(run.wall_secs for run in runs),
+      step_secs=sum(s.step_secs for s in steps),
+      start=StartRecord(*map(sum, zip(*starts))) if runs and len(starts) == len(runs) else None)
 
 
 def _totals(named_steps: Iterable[tuple[str, StepRecord]]) -> tuple[StepTotals, ...]:

@@ -61,6 +61,14 @@ class Outlet:
         raise
 
 
+def log_to(stream: TextIO) -> TextIO:
+  """Sends log lines to a stream; returns where they went before."""
+  handler = logging.get_absl_handler().python_handler
+  before = handler.stream
+  handler.setStream(stream)
+  return before
+
+
 def guard_streams() -> None:
   """Puts an `Outlet` in front of standard output and error, which log lines take too.
 
@@ -78,4 +86,4 @@ def guard_streams() -> None:
       stream.reconfigure(errors="backslashreplace")
   sys.stdout = Outlet(sys.stdout, lost=BrokenPipeError)
   sys.stderr = Outlet(sys.stderr)
-  logging.get_absl_handler().python_handler.setStream(sys.stderr)
+  log_to(sys.stderr)

@@ -17,10 +17,9 @@ from batchjax.engine.compile import CompileRecord
 from batchjax.generation import StartEvent, StepEvent
 from batchjax.models import SHAPES
 from batchjax.plan import planner
-from batchjax.plan.batch import Batch, Samples
+from batchjax.plan.batch import Batch, Samples, SchedulerStats
 from batchjax.plan.buckets import Bucket
 from batchjax.plan.cost import CHIPS
-from batchjax.plan.scheduler import SchedulerStats
 from batchjax.plan.simulate import simulate
 from batchjax.types import Choice, Completion, SamplingParams
 from batchjax.weights import load_config, Model
@@ -152,14 +151,15 @@ def made_up_run(workload, tokens_per_row):
     zeros = np.zeros(num_rows, int)
     batch = dataclasses.replace(
         Batch.empty(kind), tokens=np.zeros(num_tokens, int), num_steps=num_steps,
-        samples=Samples(*[zeros] * 5, zeros > 0, zeros), num_prompt_tokens=prompt)
-    return StepEvent(batch, Bucket(kind, bucket_tokens, 8, 8, 400),
-                     SchedulerStats(pages, 0, 0, 0, preempted), drawn, 0.25 * secs, secs, 0.5 * secs)
+        samples=Samples(*[zeros] * 5, zeros > 0, zeros), num_prompt_tokens=prompt,
+        stats=SchedulerStats(pages, 0, 0, preempted))
+    return StepEvent(batch, Bucket(kind, bucket_tokens, 8, 8, 400), 0, drawn, 0.25 * secs, secs,
+                     0.5 * secs, (), lambda: None)
 
   def generate(model, requests, engine, *, observe, stop_table, compiler_options):
     observe(CompileRecord("mixed 64", read_secs=3.0, cached=True))
     observe(CompileRecord("decode 8", lower_secs=1.5, compile_secs=4.0))
-    observe(StartEvent(1.0, 5.0, 0.5))
+    observe(StartEvent(1.0, 5.0, 0.5, {}))
     observe(plan)
     observe(event("mixed", 3, 1, 60, 64, 60, 3, 0.5, pages=100))
     observe(event("decode", 3, 4, 3, 8, 0, 12, 0.8, pages=200))

@@ -4,6 +4,7 @@ import ast
 import json
 import multiprocessing
 import pathlib
+import re
 
 import pytest
 
@@ -158,7 +159,8 @@ def test_exit_codes_of_a_job(tmp_path, script, flags, expected, name, unit):
   code, _, stderr = script(name, *flags, "--config.seed=1")
   *log, stderr = stderr.splitlines(keepends=True)
   assert code == 2 and is_one_line(stderr) and "settings.seed: 0 -> 1" in stderr
-  assert all(line.startswith("I") and ": " not in line.split("]")[0] for line in log)  # of absl alone
+  # Lines of absl alone, and phases.
+  assert all(re.match(r"I\d{4} [^]]*\] |\d:\d\d:\d\d  \w", line) for line in log)
   code, _, stderr = script(name, *flags, "--config.seed=1", "--overwrite")
   assert code == 3 and f"is moved to {tmp_path / 'out.jsonl.job.1'}" in stderr
   first, *_ = (tmp_path / "in.jsonl").read_text().splitlines()

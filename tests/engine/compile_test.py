@@ -98,6 +98,6 @@ def test_warming_up_changes_nothing(monkeypatch):
   before = jax.tree.map(np.array, state)
   monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
   table = SamplingTable(MAX_ROWS, SamplingFeatures(), ())
-  after = startup.warm_up(steps, [MIXED, DECODE], {}, None, state, table, PAGE_SIZE,
+  after, _ = startup.warm_up(steps, [MIXED, DECODE], {}, None, state, table, PAGE_SIZE,
                           SamplingFeatures())
   jax.tree.map(np.testing.assert_array_equal, jax.tree.map(np.array, after), before)

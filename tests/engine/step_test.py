@@ -88,7 +88,7 @@ def test_every_kind_of_sampling_survives_preemption(oracle, monkeypatch):
   order = np.random.default_rng(1).permutation(len(REQUESTS))
   completions, events = run([REQUESTS[i] for i in order],
                             dataclasses.replace(ENGINE, num_pages=18))
-  assert events[-1].stats.num_preempted > 0
+  assert events[-1].batch.stats.num_preempted > 0
   assert {event.batch.kind for event in events} == {"mixed", "decode"}
   assert_equal(completions, REQUESTS, oracle)
 

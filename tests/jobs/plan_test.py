@@ -81,7 +81,23 @@ def test_text_says_the_same(tmp_path):
   assert f"{values['prompt_tokens_computed']:,} computed" in text
   for bucket in values["first_window"]["buckets"]:
     assert f"{bucket['kind']}: {bucket['tokens']} tokens, {bucket['rows']} rows" in text
-  assert "s at least on h100" in text
+  words = " ".join(text.split())
+  secs = values["predicted"]
+  assert f"predicted {secs['total_secs']:,.1f} s in all: " in words
+  assert f"s at least in steps on h100, {secs['compile_secs']:,.1f} s compiling" in words
+  assert "GB of weights at 1.00 GB/s" in words
+  assert max(len(line) for line in text.splitlines() if values["errors"][0] not in line) <= 80
+
+
+def test_predicted_seconds_have_compiling_and_loading_in_them(tmp_path):
+  values = plan(tmp_path, compile_secs=3.0, first_compile_secs=5.0, plan_window=6)
+  secs, first = values["predicted"], values["first_window"]
+  assert secs["compile_secs"] == 5 + 3 * len(first["buckets"])
+  assert secs["step_secs"] == pytest.approx(2 * first["predicted_secs"], abs=0.01), "two like windows"
+  assert secs["load_secs"] == round(values["memory"]["weight_bytes"] / secs["load_bytes_per_sec"], 2)
+  assert secs["total_secs"] == pytest.approx(
+      secs["step_secs"] + secs["compile_secs"] + secs["load_secs"], abs=0.02)
+  assert "if windows are like the first" in " ".join(to_text(values).split())
 
 
 def test_a_file_of_bad_rows_only(tmp_path):

@@ -102,7 +102,8 @@ def test_a_signal_keeps_the_step_and_the_job_goes_on(tmp_path, cache, undisturbe
     assert (tmp_path / name).read_bytes() == (undisturbed / name).read_bytes()
   first, second = report.read_runs(tmp_path / "out.jsonl.job" / report.METRICS_FILE)
   assert first.record.num_requests == len(ROWS)
-  assert second.record.num_requests == len(ROWS) - len(kept) + 1  # error rows count in each run
+  assert second.record.num_requests == len(ROWS) - len(kept)
+  assert (first.record.num_done, second.record.num_done) == (0, len(kept))
 
 
 def test_a_second_signal_acts_as_without_a_job(tmp_path, cache, sigterm):
@@ -195,7 +196,7 @@ def test_rows_for_which_the_model_gives_nan_are_error_rows(tmp_path, undisturbed
   assert [row["text"] for row in read(tmp_path / "out.jsonl") if "text" in row] == [
       row["text"] for row in same if "text" in row]
   runs = report.read_runs(tmp_path / "out.jsonl.job" / report.METRICS_FILE)
-  assert {r.request_id for r in runs[0].requests if r.finish_reason == "error"} == wrong
+  assert {r.request_id for r in runs[0].requests if r.finish_reason == "error"} == wrong | {"bad"}
 
 
 def test_changed_input_and_settings_are_refused(undisturbed, cache, tmp_path):
@@ -255,7 +256,8 @@ def test_no_device_names_the_setting(monkeypatch):
 def test_metrics_tell_of_every_request(undisturbed):
   runs = report.read_runs(undisturbed / "out.jsonl.job" / report.METRICS_FILE)
   requests = {record.request_id: record for record in runs[0].requests}
-  assert len(requests) == NUM_GOOD
+  assert len(requests) == NUM_GOOD + 1
+  assert requests["bad"].finish_reason == "error"
   for row in read(undisturbed / "out.jsonl"):
     record = requests[row["id"]]
     assert record.generated_tokens == row["usage"]["completion_tokens"]

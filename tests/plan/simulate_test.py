@@ -40,9 +40,9 @@ def test_one_request_step_by_step():
                 kv_read_tokens=10, attn_pairs=20, used_pages=3, num_slots=1),
       StepShape("decode", num_tokens=1, num_rows=1, num_steps=2, num_prompt_tokens=0, num_drawn=2,
                 kv_read_tokens=11, attn_pairs=11, used_pages=3, num_slots=1),
-      # The row leaves with its last dispatch, and its pages are free at once.
+      # The row leaves behind its last dispatch, whose pages are still its own.
       StepShape("decode", num_tokens=1, num_rows=1, num_steps=2, num_prompt_tokens=0, num_drawn=2,
-                kv_read_tokens=13, attn_pairs=13, used_pages=0, num_slots=1),
+                kv_read_tokens=13, attn_pairs=13, used_pages=4, num_slots=1),
   ]
 
 

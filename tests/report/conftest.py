@@ -6,7 +6,8 @@ import pathlib
 
 import pytest
 
-from batchjax.report import CompileRecord, MetricsWriter, RequestRecord, RunRecord, StepRecord
+from batchjax.report import (CompileRecord, MetricsWriter, RequestRecord, RunRecord, StartRecord,
+                             StepRecord)
 
 RUN = RunRecord(
     time=1.7e9, device_kind="TPU v5e", num_devices=4, model="tiny <llama>", jax_version="0.10.2",
@@ -24,6 +25,7 @@ FIRST_RUN = [
     RUN,
     CompileRecord("mixed 128x8", 1.5, False),
     CompileRecord("decode 8", 0.5, True),
+    StartRecord(0.25, 0.5, 0.05, 0.1, 0.0),
     MIXED,
     RequestRecord("bad row", 3, 0, 0, 0, 0.0, 0.0, "error"),
     DECODE,
@@ -32,14 +34,16 @@ FIRST_RUN = [
 ]
 # "lost" was done but not in the journal at the kill, so the second run answers it again.
 SECOND_RUN = [
-    dataclasses.replace(RUN, time=1.7e9 + 60, num_requests=2, num_prompt_tokens=200, num_pages=40),
+    dataclasses.replace(RUN, time=1.7e9 + 60, num_requests=2, num_prompt_tokens=200, num_pages=40,
+                        num_done=2),
+    StartRecord(0.125, 0.25, 0.0, 0.0, 0.025),
     dataclasses.replace(MIXED, secs=1.0, prompt_tokens=50, used_pages=30, waiting=0, preempted=1),
     RequestRecord("lost", 1, 100, 50, 30, 0.0, 5.0, "length"),
     RequestRecord("last", 2, 100, 70, 10, 0.0, 6.0, "stop"),
 ]
 PLAN = {
     "nodes": [{"parent": -1, "start": 0, "length": 50, "num_rows": 4},
-              {"parent": 0, "start": 50, "length": 20, "num_rows": 2},
+              {"parent": 0, "start": 50, "length": 20, "num_rows": 2, "text": "<b>Q</b>: Why?"},
               {"parent": 0, "start": 50, "length": 10, "num_rows": 2}],
     "totals": {"prompt_tokens_asked": 400, "prompt_tokens_computed": 230, "optimum": 220},
     "buckets": [{"kind": "mixed", "tokens": 128, "rows": 8}],

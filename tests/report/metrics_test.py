@@ -19,14 +19,16 @@ def test_records_come_back_equal_and_grouped_by_run(job_dir, first_run, second_r
   first, second = read_runs(path)
   assert (first.record, second.record) == (first_run[0], second_run[0])
   assert first.compiles == first_run[1:3] and not second.compiles
-  assert first.steps == [first_run[3], first_run[5]]
-  assert second.requests == second_run[2:]
+  assert first.steps == [first_run[4], first_run[6]]
+  assert (first.start, second.start) == (first_run[3], second_run[1])
+  assert second.requests == second_run[3:]
   assert (first.wall_secs, second.wall_secs) == (4.0, 6.0)
 
 
 def test_each_line_is_json_with_its_type(job_dir):
   lines = (job_dir / "metrics.jsonl").read_text().splitlines()
-  assert [json.loads(line)["record"] for line in lines[:4]] == ["run", "compile", "compile", "step"]
+  assert [json.loads(line)["record"] for line in lines[:5]] == [
+      "run", "compile", "compile", "start", "step"]
 
 
 def test_lines_are_on_disk_before_close(tmp_path, run_record):
@@ -73,7 +75,7 @@ def test_a_damaged_whole_line_is_named(job_dir, line):
   path = job_dir / "metrics.jsonl"
   with path.open("a") as file:
     file.write(line + "\n")
-  with pytest.raises(MetricsError, match=r"metrics\.jsonl, line 13 "):
+  with pytest.raises(MetricsError, match=r"metrics\.jsonl, line 15 "):
     read_runs(path)
 
 

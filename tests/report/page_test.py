@@ -52,16 +52,21 @@ class _Page(html.parser.HTMLParser):
 
 def test_the_page_states_the_facts(job_dir):
   page = _Page(render_page(job_dir))
-  assert page.tags.count("svg") == 4
-  assert {"5", "3", "10.0 s", "40.0%", "25.0%", "18.8%", "75.0%", "2.0 s"} <= set(page.texts)
+  assert page.tags.count("svg") == 2 * 4  # for wide and for narrow screens
+  assert {"13", "3", "10.0 s", "40.0%", "25.0%", "18.8%", "75.0%", "0.1 s"} <= set(page.texts)
+  text = " ".join(" ".join(page.texts).split())
+  assert "Last run: 2 requests, 2 tokens drawn, 6.0 s from call to end: 1.0 s in steps" in text
+  assert "All runs: 3 requests, 52 tokens drawn, 10.0 s from call to end: 4.0 s in steps" in text
   assert ["mixed", "2", "2", "2.0", "240", "256", "6.2%"] in page.rows
   assert ["decode", "1", "16", "2.0", "48", "128", "62.5%"] in page.rows
   assert ["last", "2", "6.00", "0.00", "100", "70", "10", "stop"] in page.rows
   assert ["decode 8", "0.50", "yes"] in page.rows
   assert ["computed, as planned", "230", "57.5%"] in page.rows
+  assert ["computed, by the last run", "50", "12.5%"] in page.rows
   assert ["computed, at the optimum", "220", "55.0%"] in page.rows
-  assert ["predicted_secs", "9.5"] in page.rows
-  assert ["bucket", "kind mixed · tokens 128 · rows 8"] in page.rows
+  assert ["Predicted time in steps, at least", "9.5 s"] in page.rows
+  assert ["Shape of mixed steps", "128 tokens, 8 rows"] in page.rows
+  assert ["1.1", "20", "2", "20", "<b>Q</b>: Why?"] in page.rows
   assert ["2023-11-14 22:14:20 UTC", "4 × TPU v5e", "0.10.2", "2", "2", "6.0", "40 × 16",
           "8"] in page.rows
 
@@ -104,10 +109,10 @@ def test_the_page_is_whole_wherever_the_metrics_are_cut(job_dir):
   path = job_dir / "metrics.jsonl"
   lines = path.read_text().splitlines(keepends=True)
   num_pictures = []
-  for i in (1, 3, 4, 7):
+  for i in (1, 4, 5, 8):
     path.write_text("".join(lines[:i]) + lines[i][:15])
     num_pictures.append(_Page(render_page(job_dir)).tags.count("svg"))
-  assert num_pictures == [1, 1, 3, 4]
+  assert num_pictures == [2, 2, 6, 8]
 
 
 @pytest.mark.parametrize("name", ["plan.json", "manifest.json"])
@@ -115,7 +120,7 @@ def test_a_damaged_file_is_named_in_its_place(job_dir, name):
   (job_dir / name).write_text('{"nodes"')
   page = _Page(render_page(job_dir))
   assert any(text.startswith(f"{name} is not") for text in page.texts)
-  assert page.tags.count("svg") == (3 if name == "plan.json" else 4)
+  assert page.tags.count("svg") == (6 if name == "plan.json" else 8)
 
 
 def test_a_plan_without_sharing_says_so(job_dir):

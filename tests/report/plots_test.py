@@ -74,10 +74,21 @@ def test_padding_is_labelled_per_bucket():
 def test_sharing_draws_two_boxes_a_node_and_labels_large_ones(job_dir):
   plan = read_plan_file(job_dir / "plan.json")
   texts = _texts(plots.sharing(plan))
-  assert "50 tokens × 4 rows" in texts and "10 tokens × 2 rows" in texts
+  assert "1: 50 tokens × 4 rows" in texts and "1.2: 10 tokens × 2 rows" in texts
+  narrow = _texts(plots.sharing(plan, plots.NARROW))
+  assert "1: 50 tokens × 4 rows" in narrow and "1.2" in narrow, "a name where words do not fit"
   one = dataclasses.replace(plan, nodes=plan.nodes[:1])
   boxes = [plots.sharing(p).count("<path") for p in (plan, one)]
   assert boxes[0] - boxes[1] == 2 * 2
+
+
+def test_boxes_have_tooltips_with_names_figures_and_text(job_dir):
+  svg = ElementTree.fromstring(plots.sharing(read_plan_file(job_dir / "plan.json")))
+  titles = [element.text for element in svg.iter() if element.tag.endswith("title")]
+  assert titles == [
+      "prefix 1, positions 0 to 49: 50 tokens shared by 4 rows, saves 150 tokens",
+      "prefix 1.1, positions 50 to 69: 20 tokens shared by 2 rows, saves 20 tokens: “<b>Q</b>: Why?…”",
+      "prefix 1.2, positions 50 to 59: 10 tokens shared by 2 rows, saves 10 tokens"]
 
 
 def test_lengths_state_median_and_most(job_dir):
@@ -88,7 +99,8 @@ def test_lengths_state_median_and_most(job_dir):
 
 
 def test_colours_are_the_pages_and_ids_are_unique(job_dir):
-  svg = plots.over_time(read_runs(job_dir / "metrics.jsonl"))
+  svg = (plots.over_time(read_runs(job_dir / "metrics.jsonl"))
+         + plots.sharing(read_plan_file(job_dir / "plan.json")))
   assert "var(--blue)" in svg and "var(--muted)" in svg
   assert not re.search(r"#[0-9a-f]{6}\b", svg)
   ids = re.findall(r' id="([^"]*)"', svg)

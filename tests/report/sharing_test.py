@@ -11,7 +11,7 @@ from batchjax.report.sharing import PlanFileError, read_plan_file, row_starts, S
 
 def test_a_plan_file_is_read(job_dir, plan_values):
   plan = read_plan_file(job_dir / "plan.json")
-  assert plan.nodes == (SharedNode(-1, 0, 50, 4), SharedNode(0, 50, 20, 2),
+  assert plan.nodes == (SharedNode(-1, 0, 50, 4), SharedNode(0, 50, 20, 2, "<b>Q</b>: Why?"),
                         SharedNode(0, 50, 10, 2))
   assert [node.saved_tokens for node in plan.nodes] == [150, 20, 10]
   assert (plan.prompt_tokens_asked, plan.prompt_tokens_computed, plan.optimum) == (400, 230, 220)

@@ -1,8 +1,10 @@
 """The figures of a job, against sums by hand over the records of `conftest`."""
 
+import json
+
 import pytest
 
-from batchjax.report import StepTotals, summarize
+from batchjax.report import RunFigures, StartRecord, StepTotals, summarize, to_text
 
 
 def test_runs_add_up(job_dir):
@@ -13,11 +15,34 @@ def test_runs_add_up(job_dir):
   assert (s.prompt_tokens, s.finished_prompt_tokens) == (400, 300)
   assert s.computed_tokens == 118 + 50
   assert (s.generated_tokens, s.output_tokens) == (2 + 48 + 2, 20 + 30 + 10)
-  assert s.wall_secs == 4.0 + 6.0
-  assert s.output_tokens_per_sec == 5.2
-  assert s.total_tokens_per_sec == 35.2
-  assert (s.step_secs, s.host_secs, s.host_share) == (4.0, 0.75, 0.1875)
+  assert (s.host_secs, s.host_share) == (0.75, 0.1875)
   assert s.num_preempted == 2 + 1
+
+
+def test_the_last_run_and_all_runs_have_their_own_figures(job_dir):
+  s = summarize(job_dir)
+  assert s.last_run == RunFigures(2, 2, 200, 50, 6.0, 1.0, StartRecord(0.125, 0.25, 0.0, 0.0, 0.025))
+  assert s.all_runs == RunFigures(3, 52, 300, 168, 10.0, 4.0, StartRecord(0.375, 0.75, 0.05, 0.1, 0.025))
+  assert (s.all_runs.output_tokens_per_sec, s.all_runs.wall_tokens_per_sec) == (13.0, 5.2)
+
+
+def test_a_record_that_a_kill_took_leaves_the_job_complete(job_dir):
+  path = job_dir / "metrics.jsonl"
+  path.write_text("".join(line for line in path.read_text().splitlines(keepends=True)
+                          if "script" not in line))
+  s = summarize(job_dir)
+  assert (s.num_finished, s.num_errors, s.is_complete) == (3, 1, True)
+
+
+def test_files_of_before_starts_were_recorded_are_read(job_dir):
+  path = job_dir / "metrics.jsonl"
+  lines = [json.loads(line) for line in path.read_text().splitlines()]
+  lines = [{k: v for k, v in line.items() if k != "num_done"} for line in lines
+           if line["record"] != "start"]
+  path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+  s = summarize(job_dir)
+  assert s.is_complete and s.all_runs.start is None and s.all_runs.wall_secs == 10.0
+  assert "what came before them is not recorded" in " ".join(to_text(s).split())
 
 
 def test_a_request_answered_twice_counts_once_as_last_recorded(job_dir):
@@ -43,7 +68,7 @@ def test_peak_use_is_of_each_runs_own_pool(job_dir):
 
 def test_compiles(job_dir):
   s = summarize(job_dir)
-  assert (s.num_compiles, s.num_cached_compiles, s.compile_secs) == (2, 1, 2.0)
+  assert (s.num_compiles, s.num_cached_compiles) == (2, 1)
 
 
 def test_slowest_first_without_errors(job_dir):
@@ -54,15 +79,15 @@ def test_slowest_first_without_errors(job_dir):
 def test_a_killed_run_is_not_complete(job_dir):
   path = job_dir / "metrics.jsonl"
   lines = path.read_text().splitlines(keepends=True)
-  path.write_text("".join(lines[:8]) + lines[8][:20])
+  path.write_text("".join(lines[:9]) + lines[9][:20])
   s = summarize(job_dir)
-  assert (s.num_finished, s.num_errors, s.is_complete, s.wall_secs) == (2, 1, False, 4.0)
+  assert (s.num_finished, s.num_errors, s.is_complete, s.all_runs.wall_secs) == (2, 1, False, 4.0)
 
 
 def test_an_empty_job_is_all_zero(tmp_path):
   s = summarize(tmp_path)
   assert (s.runs, s.num_requests, s.kinds, s.slowest) == ((), 0, (), ())
-  assert (s.output_tokens_per_sec, s.cached_share, s.padding, s.host_share) == (0, 0, 0, 0)
+  assert (s.all_runs.output_tokens_per_sec, s.cached_share, s.padding, s.host_share) == (0, 0, 0, 0)
   assert not s.is_complete
 
 

@@ -69,11 +69,11 @@ class _Terminal(io.StringIO):
     return True
 
 
-def test_lines_beside_the_bar_are_escaped_too(monkeypatch, run_record):
+def test_lines_beside_the_bar_are_escaped_too(monkeypatch):
   monkeypatch.setenv("TERM", "xterm")
   monkeypatch.setenv("COLUMNS", "100")
   stream, streams = _Terminal(), (sys.stdout, sys.stderr)
-  with Progress(run_record, stream=stream):
+  with Progress(stream=stream):
     print(HOSTILE, file=sys.stderr)
     logging.StreamHandler(sys.stderr).emit(logging.makeLogRecord({"msg": "[bold]log\x1b]0;y\x07"}))
   assert (sys.stdout, sys.stderr) == streams
@@ -85,7 +85,9 @@ def test_a_job_outlives_its_terminal(monkeypatch, run_record, step_record):
   monkeypatch.setenv("TERM", "xterm")
   stream = Gone(OSError(5, os.strerror(5)))
   stream.isatty = lambda: True
-  with Progress(run_record, stream=stream) as progress:
+  with Progress(stream=stream) as progress:
+    progress.begin(run_record)
     progress.update(step_record)
-  with Progress(run_record, stream=Gone(BrokenPipeError(32, "")), interval_secs=0) as progress:
+  with Progress(stream=Gone(BrokenPipeError(32, "")), interval_secs=0) as progress:
+    progress.begin(run_record)
     progress.update(step_record)
