@@ -4,7 +4,6 @@ from typing import Any
 
 import flax.struct
 import jax.numpy as jnp
-from jaxtyping import Array, Float
 
 from batchjax.config import ModelConfig
 

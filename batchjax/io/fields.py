@@ -136,7 +136,7 @@ def _near(name: str, form: Form) -> tuple[str, ...]:
 
 def is_carried(name: str, form: Form) -> bool:
   """Whether a row ("plain" or "score") may have a field that is not read, and that its output gets as it is."""
-  return not (name in READ[form] or name in OUTPUT_NAMES[form]
+  return not (name in READ[form] or name in READ["plain"] or name in OUTPUT_NAMES[form] or name in ENVELOPE
               or form == "plain" and name in _UNSUPPORTED
               or len(name) <= _LONGEST_LIKE and _near(name, form))
 
@@ -159,7 +159,7 @@ def check_names(fields: dict[str, Any], form: Form) -> None:
     if other and name in FIELDS["completions" if form == "chat" else "chat"]:
       raise InvalidField(name, f"{name} belongs to requests of {other}: change the url, or remove "
                          f"{name}", "unknown_field")
-    if form in READ and name in OUTPUT_NAMES[form]:
+    if form in READ and name in OUTPUT_NAMES[form] and name not in ENVELOPE:
       raise InvalidField(name, f"{name} is a field of the output: rename it, or move it into metadata, "
                          "which is carried through", "unknown_field")
     near = _near(name, form)

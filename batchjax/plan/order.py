@@ -1,7 +1,6 @@
 """The order in which the nodes of a prefix tree run."""
 
 from jaxtyping import Int
-from jaxtyping import Int32
 from jaxtyping import Num
 import numpy as np
 
