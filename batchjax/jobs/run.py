@@ -102,7 +102,7 @@ def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str
         left = np.flatnonzero(~done[requests.indices])
         if len(left):
           _complete(job, requests, left, errors, config, model_config, tokenizer, progress, loaders,
-                    stop, num_done=int(done.sum()))
+                    stop, num_done=len(requests) - len(left) + len(prepared.errors) - len(errors))
       finished = job.finish(output_path, error_path, Carried(
           input_path, prepared.carried, config.limits.max_line_bytes, limit, "score" if scores else "plain"))
       return dataclasses.replace(finished, unit="scores") if scores else finished

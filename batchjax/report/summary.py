@@ -219,7 +219,7 @@ def summarize_runs(name: str, runs: tuple[Run, ...], *, num_slowest: int = 10) -
 
 def answered(runs: Iterable[Run]) -> list[RequestRecord]:
   """The requests answered, each once, as its last run recorded it."""
-  return list({r.row: r for run in runs for r in run.requests}.values())
+  return list({(r.row, r.request_id): r for run in runs for r in run.requests}.values())
 
 
 def _figures(runs: Sequence[Run], requests: Iterable[RequestRecord]) -> RunFigures:
