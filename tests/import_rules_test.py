@@ -109,7 +109,7 @@ def test_generate_and_score_see_no_text():
 
 
 # Arrows between rooms run one way: a room may import those before it.
-ROOMS = ("types", "config", "model_files", "cache", "plan", "ops", "models", "weights", "engine", "text", "io",
+ROOMS = ("types", "config", "model_files", "cache", "plan", "sharding", "ops", "models", "weights", "engine", "text", "io",
          "generation", "scoring", "report", "bench", "jobs", "testing")
 
 

@@ -1,7 +1,8 @@
 """Draws from logits: weights summed in a tree, thresholds, and the nucleus by rejection.
 
 Sums are written out in a fixed order and random bits come from the row's own key, so that a row's
-draw is the same, bit for bit, in whatever step it is made.
+draw is the same, bit for bit, in whatever step it is made, and on however many devices: each holds
+whole segments of the vocabulary, and what they exchange is sums of segments, thresholds and candidates.
 """
 
 import functools
@@ -13,10 +14,12 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array
 
+from batchjax.config import VOCAB_SEGMENTS
 from batchjax.engine.sampling_inputs import SamplingFeatures
+from batchjax.sharding import Split
 from batchjax.types import SamplingInputs
 
-# Sums over the vocabulary are trees of this fan-out.
+# Sums over the vocabulary are trees of this fan-out; the root's children are its segments.
 _FAN_OUT = 16
 # exp(-60) and sums of such weights are normal numbers, which no device flushes to zero.
 _MIN_EXPONENT = -60.0
@@ -39,6 +42,7 @@ class Weights(NamedTuple):
   logits: Array
   highest: Array
   coldness: Array  # 1 / temperature
+  split: Split
 
   def of(self, logits: Array, lowest: Array) -> Array:
     """Weights of some of each row's logits f32[R, n]; 0 below `lowest` f32[R] and where it is NaN."""
@@ -48,17 +52,18 @@ class Weights(NamedTuple):
 
   def sums(self, lowest: Array) -> Array:
     """f32[R, C], the weight of each column of `columns` without tokens below `lowest`."""
-    sums = functools.reduce(operator.add, (self.of(x, lowest) for x in columns(self.logits)))
+    sums = functools.reduce(operator.add, (
+        self.of(x, lowest) for x in columns(self.logits, self.split)))
     # Else XLA fuses the next level of the tree into this pass, which then takes four times as long.
     return lax.optimization_barrier(sums)
 
   def mass(self, lowest: Array) -> Array:
     """f32[R], the weight of all tokens that are not below `lowest`."""
-    return sum_tree(self.sums(lowest))[1]
+    return sum_tree(self.sums(lowest), self.split)[1]
 
 
 def draw(logits: Array, maxima: Array, highest: Array, inputs: SamplingInputs, positions: Array,
-         features: SamplingFeatures) -> Array:
+         features: SamplingFeatures, split: Split = Split()) -> Array:
   """Steps 5 to 7 of `sample`; `maxima` are those of each column, `highest` of all.
 
   The nucleus is never computed. A token is drawn from all that are left, and
@@ -74,13 +79,13 @@ def draw(logits: Array, maxima: Array, highest: Array, inputs: SamplingInputs, p
   if features.min_p:  # two roundings, in whatever program
     lowest = highest + lax.optimization_barrier(temperature * jnp.log(inputs.min_p))
   if features.max_top_k:
-    kth = kth_largest(logits, maxima, inputs.top_k, features.max_top_k)
+    kth = kth_largest(logits, maxima, inputs.top_k, features.max_top_k, split)
     lowest = jnp.maximum(lowest, jnp.where(inputs.top_k > 0, kth, -jnp.inf))
 
-  weights = Weights(logits, highest, 1 / temperature)
+  weights = Weights(logits, highest, 1 / temperature, split)
   row_keys = jax.vmap(_row_key)(inputs.seed, inputs.sample_index, positions)
   attempts = jnp.zeros(highest.shape, jnp.int32)
-  tree, mass = sum_tree(weights.sums(lowest))
+  tree, mass = sum_tree(weights.sums(lowest), split)
   tokens = _descend(weights, tree, lowest, row_keys, attempts)
   if not features.top_p:
     return tokens
@@ -89,9 +94,8 @@ def draw(logits: Array, maxima: Array, highest: Array, inputs: SamplingInputs, p
 
   def propose_again(weights, tokens, nucleus_mass, row_keys, attempts):
     """Whether each token is accepted, and its successor if it is not."""
-    drawn = jnp.take_along_axis(weights.logits, tokens[:, None], axis=1)[:, 0]
-    above = _next_up(drawn)
-    tree, mass_above = sum_tree(weights.sums(above))
+    above = _next_up(logits_of(weights.logits, tokens, split))
+    tree, mass_above = sum_tree(weights.sums(above), split)
     accepted = (mass_above < nucleus_mass) | (mass_above == 0)
     again = _descend(weights, tree, above, row_keys, attempts)
     return accepted, jnp.where(accepted, tokens, again)
@@ -124,16 +128,29 @@ def _next_up(x: Array) -> Array:
   return lax.bitcast_convert_type(jnp.where(x >= 0, bits + 1, bits - 1), jnp.float32)
 
 
-def kth_largest(logits: Array, maxima: Array, k: Array, max_k: int) -> Array:
+def logits_of(logits: Array, tokens: Array, split: Split = Split()) -> Array:
+  """f32[R], each row's logit of its token (>= 0)."""
+  places, last = split.places(tokens), logits.shape[1] - 1
+  found = jnp.take_along_axis(logits, jnp.minimum(places, last)[:, None], axis=1)[:, 0]
+  return split.of_owner(found, places <= last)
+
+
+def kth_largest(logits: Array, maxima: Array, k: Array, max_k: int,
+                split: Split = Split()) -> Array:
   """The k-th largest of each row of f32[R, V]; `maxima` are those of its `columns`."""
-  vocab_size = logits.shape[1]
-  k = jnp.clip(k, 1, vocab_size)[:, None]
-  if vocab_size <= 2 * _FAN_OUT * max_k <= 2 * _FAN_OUT * _MAX_SELECT:
-    return jnp.take_along_axis(lax.top_k(logits, min(max_k, vocab_size))[0], k - 1, axis=1)[:, 0]
-  if max_k <= _MAX_SELECT:  # they lie in the columns with the largest maxima
-    _, nodes = largest(maxima, max_k)
-    places = nodes[:, None] + maxima.shape[1] * jnp.arange(_FAN_OUT, dtype=nodes.dtype)[:, None]
-    return jnp.take_along_axis(_best_of(logits, places, max_k)[0], k - 1, axis=1)[:, 0]
+  num_places = logits.shape[1]
+  k = jnp.clip(k, 1, split.vocab_size or num_places)[:, None]
+  if max_k <= _MAX_SELECT:
+    if num_places <= 2 * _FAN_OUT * max_k:
+      best = lax.top_k(logits, min(max_k, num_places))[0]
+    else:  # they lie in the columns with the largest maxima
+      _, nodes = largest(maxima, max_k)
+      places = nodes[:, None] + maxima.shape[1] * jnp.arange(_FAN_OUT, dtype=nodes.dtype)[:, None]
+      best = _best_of(logits, places, max_k)[0]
+    if split.num_devices > 1:
+      candidates = split.gather(best)
+      best = lax.top_k(candidates, min(max_k, candidates.shape[1]))[0]
+    return jnp.take_along_axis(best, k - 1, axis=1)[:, 0]
   # As integers in the order of the floats.
   bits = lax.bitcast_convert_type(logits, jnp.int32)
   keys = bits ^ ((bits >> 31) & jnp.int32(2**31 - 1))
@@ -141,7 +158,7 @@ def kth_largest(logits: Array, maxima: Array, k: Array, max_k: int) -> Array:
   def decide_bit(i, kth):
     candidate = kth + jnp.left_shift(jnp.int32(1), 31 - i)  # from the least integer on, wrapping once
     # Counts below 2**24 are exact in float32, whose sums CPUs vectorise better.
-    num_above = (keys >= candidate).astype(jnp.float32).sum(axis=1)
+    num_above = split.sum((keys >= candidate).astype(jnp.float32).sum(axis=1))
     return jnp.where(num_above[:, None] >= k, candidate, kth)
 
   kth = lax.fori_loop(0, 32, decide_bit, jnp.full((len(k), 1), -2**31, jnp.int32))
@@ -174,47 +191,69 @@ def _best_of(x: Array, places: Array, k: int) -> tuple[Array, Array]:
   return best, jnp.take_along_axis(places, at, axis=1)
 
 
-def columns(x: Array, fill: float = -jnp.inf) -> list[Array]:
-  """f32[R, N] as up to `_FAN_OUT` arrays f32[R, C], `fill` at the end; element n lies in column n % C."""
-  size = x.shape[1]
-  num_columns = -(-size // min(size, _FAN_OUT))
+def columns(x: Array, split: Split = Split(), fill: float = -jnp.inf) -> list[Array]:
+  """f32[R, N] as up to `_FAN_OUT` arrays f32[R, C], `fill` at the end; element n lies in column n % C.
+
+  C is a multiple of the segments of the vocabulary, so a column is of one of them.
+  """
+  size, num_segments = x.shape[1], split.num_segments
+  num_columns = num_segments * -(-size // (num_segments * _FAN_OUT))
   columns = [x[:, i:i + num_columns] for i in range(0, size, num_columns)]
   short = num_columns - columns[-1].shape[1]
   return [*columns[:-1], jnp.pad(columns[-1], ((0, 0), (0, short)), constant_values=fill)]
 
 
-def sum_tree(sums: Array) -> tuple[list[Array], Array]:
-  """A tree of sums over f32[R, C], and their total f32[R].
+class SumTree(NamedTuple):
+  """Sums over the vocabulary; all but the root's children are of this device's part of it.
 
-  Level 0 is `sums`, the last one the root's children. Entry c of a level sums column c of the
-  level below, written out term by term: an order that no compiler changes.
+  Attributes:
+    levels: f32[R, n], from those of columns to those of segments; entry c of a level sums column c
+      of the level below.
+    segments: f32[R, VOCAB_SEGMENTS or more], the root's children, of all devices.
+  """
+
+  levels: list[Array]
+  segments: Array
+
+
+def sum_tree(sums: Array, split: Split = Split()) -> tuple[SumTree, Array]:
+  """A tree over the sums f32[R, C] of columns, and their total f32[R].
+
+  Written out term by term: an order that no compiler changes.
   """
   levels = [sums]
-  while levels[-1].shape[1] > _FAN_OUT:
-    levels.append(functools.reduce(operator.add, columns(levels[-1], 0.0)))
-  return levels, functools.reduce(operator.add, (levels[-1][:, i] for i in range(levels[-1].shape[1])))
+  while levels[-1].shape[1] > split.num_segments:
+    levels.append(functools.reduce(operator.add, columns(levels[-1], split, 0.0)))
+  segments = split.gather(levels[-1])
+  total = functools.reduce(operator.add, (segments[:, i] for i in range(VOCAB_SEGMENTS)))
+  return SumTree(levels, segments), total
 
 
-def _descend(weights: Weights, tree: list[Array], lowest: Array, row_keys: Array,
+def _descend(weights: Weights, tree: SumTree, lowest: Array, row_keys: Array,
              attempts: Array) -> Array:
   """Draws a token in proportion to its weight: from the root, a child in proportion to its sum.
 
   The child is drawn by the Gumbel maximum, which never takes one of weight 0.
   Its random numbers are few: one for each child of the nodes on the way down.
+  All devices draw the segment; the one that holds it goes on to the token.
   """
-  shape = (len(tree) + 1, _FAN_OUT)
-  gumbel = jax.vmap(lambda key, attempt: jax.random.gumbel(jax.random.fold_in(key, attempt), shape)
-                    )(row_keys, attempts)
-  node = jnp.zeros((len(row_keys), 1), jnp.int32)
-  num_nodes = 1
-  for i, level in enumerate([*reversed(tree), weights.logits]):
+  split, below = weights.split, [*reversed(tree.levels[:-1]), weights.logits]
+  num_drawn = VOCAB_SEGMENTS + _FAN_OUT * len(below)
+  gumbel = jax.vmap(lambda key, attempt: jax.random.gumbel(
+      jax.random.fold_in(key, attempt), (num_drawn,)))(row_keys, attempts)
+  segments = tree.segments[:, :VOCAB_SEGMENTS]
+  segment = jnp.argmax(jnp.log(segments) + gumbel[:, :VOCAB_SEGMENTS], axis=1).astype(jnp.int32)
+  node, num_nodes = split.own_segments(segment), split.num_segments
+  is_here, node = node < num_nodes, jnp.minimum(node, num_nodes - 1)[:, None]
+  for i, level in enumerate(below):
     size = level.shape[1]
     children = node + num_nodes * jnp.arange(-(-size // num_nodes), dtype=jnp.int32)
     values = jnp.take_along_axis(level, jnp.minimum(children, size - 1), axis=1)
     if level is weights.logits:
       values = weights.of(values, lowest)
     values = jnp.where(children < size, values, 0.0)
-    child = jnp.argmax(jnp.log(values) + gumbel[:, i, :children.shape[1]], axis=1)
+    noise = gumbel[:, VOCAB_SEGMENTS + _FAN_OUT * i:][:, :children.shape[1]]
+    child = jnp.argmax(jnp.log(values) + noise, axis=1)
     node = jnp.take_along_axis(children, child[:, None], axis=1)
     num_nodes = size
-  return node[:, 0]
+  return split.of_owner(split.token_ids(node[:, 0]), is_here)

@@ -17,6 +17,7 @@ from jaxtyping import Array, Bool, Float, Int
 
 from batchjax.engine import draw as draw_lib
 from batchjax.engine.sampling_inputs import SamplingFeatures
+from batchjax.sharding import Split
 from batchjax.types import SamplingInputs
 
 # Stands for NaN and infinity, which no later step has to mind; no model gives it.
@@ -47,14 +48,16 @@ class PenaltyState:
 
 
 def admit(state: PenaltyState, slot: Int[Array, ""], prompt_tokens: Int[Array, "P"],
-          output_tokens: Int[Array, "O"]) -> PenaltyState:
+          output_tokens: Int[Array, "O"], split: Split = Split()) -> PenaltyState:
   """Starts `slot` over with a row's prompt and what it had generated before a preemption.
 
   Args:
     slot: -1 changes nothing.
     prompt_tokens, output_tokens: padded with -1.
+    split: of the vocabulary, as in `sample`.
   """
   max_rows, vocab_size = state.output_counts.shape
+  prompt_tokens, output_tokens = split.places(prompt_tokens), split.places(output_tokens)
   counts = jnp.zeros(vocab_size, jnp.int32).at[_drop_null(output_tokens, vocab_size)].add(1, mode="drop")
   seen = jnp.zeros(vocab_size, bool).at[_drop_null(prompt_tokens, vocab_size)].set(True, mode="drop")
   slot = _drop_null(slot, max_rows)
@@ -62,17 +65,18 @@ def admit(state: PenaltyState, slot: Int[Array, ""], prompt_tokens: Int[Array, "
                       prompt_seen=state.prompt_seen.at[slot].set(seen, mode="drop"))
 
 
-def count(state: PenaltyState, slots: Int[Array, "R"], tokens: Int[Array, "R"]) -> PenaltyState:
+def count(state: PenaltyState, slots: Int[Array, "R"], tokens: Int[Array, "R"],
+          split: Split = Split()) -> PenaltyState:
   """Counts one generated token per row; -1 in `slots` or `tokens` counts nothing."""
   max_rows, vocab_size = state.output_counts.shape
-  where = (_drop_null(slots, max_rows), _drop_null(tokens, vocab_size))
+  where = (_drop_null(slots, max_rows), _drop_null(split.places(tokens), vocab_size))
   return state.replace(output_counts=state.output_counts.at[where].add(1, mode="drop"))
 
 
 def sample(logits: Float[Array, "R V"], inputs: SamplingInputs, positions: Int[Array, "R"],
            num_generated: Int[Array, "R"], features: SamplingFeatures,
-           penalties: PenaltyState | None = None, slots: Int[Array, "R"] | None = None
-           ) -> tuple[Int[Array, "R"], Bool[Array, "R"]]:
+           penalties: PenaltyState | None = None, slots: Int[Array, "R"] | None = None,
+           split: Split = Split()) -> tuple[Int[Array, "R"], Bool[Array, "R"]]:
   """The next token of each row, and whether its logits are such that a token can be drawn.
 
   In this order, which is that of vLLM and Hugging Face:
@@ -95,19 +99,22 @@ def sample(logits: Float[Array, "R V"], inputs: SamplingInputs, positions: Int[A
     features: what the job uses (static).
     penalties: needed where `features.penalties`.
     slots: each row's slot in `penalties`; -1 is unused.
+    split: of the vocabulary among devices, each with its part of `logits` and `penalties`; all get
+      the tokens.
 
   Raises:
     ValueError: the penalty state is missing.
   """
-  logits = _adjust(logits.astype(jnp.float32), inputs, num_generated, features, penalties, slots)
+  logits = _adjust(logits.astype(jnp.float32), inputs, num_generated, features, penalties, slots,
+                   split)
   if features.greedy_only:
-    tokens, highest = _argmax(logits)
+    tokens, highest = _argmax(logits, split)
     return tokens, _is_finite(highest)
-  maxima = functools.reduce(jnp.maximum, map(_finite, draw_lib.columns(logits)))
-  highest = maxima.max(axis=1)
-  tokens = draw_lib.draw(logits, maxima, highest, inputs, positions, features)
+  maxima = functools.reduce(jnp.maximum, map(_finite, draw_lib.columns(logits, split)))
+  highest = split.max(maxima.max(axis=1))
+  tokens = draw_lib.draw(logits, maxima, highest, inputs, positions, features, split)
   if features.any_greedy:
-    tokens = jnp.where(inputs.temperature == 0, _argmax(logits)[0], tokens)
+    tokens = jnp.where(inputs.temperature == 0, _argmax(logits, split)[0], tokens)
   return tokens, _is_finite(highest)
 
 
@@ -146,13 +153,14 @@ def advance_stop(transitions: Int[Array, "U V"], automaton: Int[Array, "R"],
   return jnp.where(automaton < 0, 0, moved)
 
 
-def token_logprobs(logits: Float[Array, "R V"], tokens: Int[Array, "R"], num_top: int
-                   ) -> tuple[Float[Array, "R"], Array | None, Array | None]:
+def token_logprobs(logits: Float[Array, "R V"], tokens: Int[Array, "R"], num_top: int,
+                   split: Split = Split()) -> tuple[Float[Array, "R"], Array | None, Array | None]:
   """Log-probabilities under the model's own distribution: unmodified logits, temperature 1.
 
   Args:
     tokens: -1 gives NaN, and so does a row that `sample` cannot draw from.
     num_top: how many most likely alternatives to return.
+    split: of the vocabulary, as in `sample`.
 
   Returns:
     The log-probability of each token, and ids i32[R, num_top] and
@@ -160,19 +168,33 @@ def token_logprobs(logits: Float[Array, "R V"], tokens: Int[Array, "R"], num_top
     first among equals; both None if `num_top` is 0.
   """
   logits = logits.astype(jnp.float32)
-  highest = functools.reduce(jnp.maximum, map(_finite, draw_lib.columns(logits))).max(axis=1)
-  total = draw_lib.Weights(logits, highest, jnp.ones_like(highest)).mass(jnp.full_like(highest, -jnp.inf))
+  maxima = functools.reduce(jnp.maximum, map(_finite, draw_lib.columns(logits, split)))
+  highest = split.max(maxima.max(axis=1))
+  weights = draw_lib.Weights(logits, highest, jnp.ones_like(highest), split)
+  total = weights.mass(jnp.full_like(highest, -jnp.inf))
   log_normalizer = jnp.where(_is_finite(highest), highest + jnp.log(total), jnp.nan)
-  chosen = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[:, None], axis=1)[:, 0]
+  chosen = draw_lib.logits_of(logits, jnp.maximum(tokens, 0), split)
   chosen = jnp.where(tokens < 0, jnp.nan, _finite(chosen) - log_normalizer)
   if not num_top:
     return chosen, None, None
-  top_logits, top_ids = draw_lib.largest(logits, num_top)
+  top_logits, top_ids = _most_likely(logits, num_top, split)
   return chosen, top_ids, _finite(top_logits) - log_normalizer[:, None]
 
 
+def _most_likely(logits: Array, num_top: int, split: Split) -> tuple[Array, Array]:
+  """The largest logits of each row and their ids, the lowest id first among equals."""
+  if split.num_devices == 1:
+    return draw_lib.largest(logits, num_top)
+  best, places = draw_lib.largest(logits, min(num_top, logits.shape[1]))
+  best, ids = split.gather(best), split.gather(split.token_ids(places))
+  falling = -jnp.where(jnp.isnan(best), jnp.inf, best)  # NaN first
+  _, ids, best = lax.sort((falling, ids, best), num_keys=2)
+  return best[:, :num_top], ids[:, :num_top]
+
+
 def prompt_logprobs(hidden: Float[Array, "T D"], next_tokens: Int[Array, "T"],
-                    logits_fn: Callable[[Array], Array], block_len: int, num_top: int
+                    logits_fn: Callable[[Array], Array], block_len: int, num_top: int,
+                    split: Split = Split()
                     ) -> tuple[Float[Array, "T"], Array | None, Array | None]:
   """`token_logprobs` of each token's successor, `block_len` tokens at a time.
 
@@ -182,13 +204,14 @@ def prompt_logprobs(hidden: Float[Array, "T D"], next_tokens: Int[Array, "T"],
     hidden: the final hidden states.
     next_tokens: the successor of each token in its prompt; -1 gives NaN.
     logits_fn: maps f[n, D] to f[n, V].
+    split: of the vocabulary, as in `sample`.
   """
   num_tokens = len(next_tokens)
   num_blocks = -(-num_tokens // block_len)
   padding = num_blocks * block_len - num_tokens
   hidden = jnp.pad(hidden, ((0, padding), (0, 0))).reshape(num_blocks, block_len, -1)
   next_tokens = jnp.pad(next_tokens, (0, padding), constant_values=-1).reshape(num_blocks, -1)
-  out = lax.map(lambda block: token_logprobs(logits_fn(block[0]), block[1], num_top),
+  out = lax.map(lambda block: token_logprobs(logits_fn(block[0]), block[1], num_top, split),
                 (hidden, next_tokens))
   return jax.tree.map(lambda x: x.reshape(num_blocks * block_len, *x.shape[2:])[:num_tokens], out)
 
@@ -208,13 +231,13 @@ def _is_finite(highest: Array) -> Array:
   return jnp.abs(highest) < _LIMIT
 
 
-def _argmax(logits: Array) -> tuple[Array, Array]:
+def _argmax(logits: Array, split: Split) -> tuple[Array, Array]:
   """The id of each row's largest logit, the lowest among equals; and the logit.
 
   Column by column first: reductions of (value, index) pairs, as in jnp.argmax,
   or of integers along rows take several times as long on CPUs.
   """
-  columns = [_finite(column) for column in draw_lib.columns(logits)]
+  columns = [_finite(column) for column in draw_lib.columns(logits, split)]
   highest = columns[0]
   ids = jnp.zeros(highest.shape, jnp.int32)
   for i, column in enumerate(columns[1:], start=1):
@@ -224,18 +247,19 @@ def _argmax(logits: Array) -> tuple[Array, Array]:
   # Else GPUs fuse all this into the reduction below, and take twenty times as long.
   highest, ids = lax.optimization_barrier((highest, ids))
   ids = ids * ids.shape[1] + lax.broadcasted_iota(jnp.int32, ids.shape, 1)
-  best = highest.max(axis=1)
-  return jnp.where(highest == best[:, None], ids, logits.shape[1]).min(axis=1), best
+  best = split.max(highest.max(axis=1))
+  places = jnp.where(highest == best[:, None], ids, logits.shape[1]).min(axis=1)
+  return split.first_token(places, logits.shape[1]), best
 
 
 def _adjust(logits: Array, inputs: SamplingInputs, num_generated: Array,
             features: SamplingFeatures, penalties: PenaltyState | None,
-            slots: Array | None) -> Array:
+            slots: Array | None, split: Split) -> Array:
   """Steps 1 to 4 of `sample`."""
   num_rows, vocab_size = logits.shape
   rows = jnp.arange(num_rows)[:, None]
   if features.num_bias:
-    ids = _drop_null(inputs.bias_ids, vocab_size)
+    ids = _drop_null(split.places(inputs.bias_ids), vocab_size)
     logits = logits.at[rows, ids].add(inputs.bias_values, mode="drop")
   if features.penalties:
     if penalties is None or slots is None:
@@ -249,7 +273,7 @@ def _adjust(logits: Array, inputs: SamplingInputs, num_generated: Array,
     logits -= in_output * inputs.presence_penalty[:, None]
   if features.min_tokens and features.num_stop_ids:
     too_short = (num_generated < inputs.min_tokens)[:, None]
-    ids = jnp.where(too_short, inputs.stop_ids, -1)
+    ids = jnp.where(too_short, split.places(inputs.stop_ids), -1)
     if features.num_stop_ids <= _MAX_COMPARED:  # compared on the way, where a scatter copies
       token = lax.broadcasted_iota(jnp.int32, (1, vocab_size), 1)
       for i in range(features.num_stop_ids):
