@@ -1,7 +1,7 @@
 """Offline batched LLM inference on JAX: shared prefixes are computed once and read once."""
 
-from batchjax.config import (ConfigError, EngineConfig, JobConfig, ModelConfig, ModelSource,
-                             from_config_dict, to_config_dict)
+from batchjax.config import (ConfigError, EngineConfig, JobConfig, MeshConfig, ModelConfig,
+                             ModelSource, from_config_dict, to_config_dict)
 from batchjax.engine.pack import pack
 from batchjax.engine.sampling import sample
 from batchjax.engine.sampling_inputs import SamplingFeatures

@@ -31,7 +31,8 @@ def check_memory(records: Sequence[CompileRecord], device_bytes: int | None) -> 
 
 def warm_up(steps: Steps, buckets: Sequence[Bucket], params: Any, stop_transitions: Any,
             state: EngineState, table: SamplingTable, page_size: int,
-            features: SamplingFeatures) -> EngineState:
+            features: SamplingFeatures,
+            placement: jax.sharding.Sharding | None = None) -> EngineState:
   """Runs every shape once with nothing in it: accelerators load kernels when they first run.
 
   Returns:
@@ -41,5 +42,6 @@ def warm_up(steps: Steps, buckets: Sequence[Bucket], params: Any, stop_transitio
     inputs = pack(Batch.empty(bucket.kind), bucket, table, page_size=page_size,
                   prompt_logprobs=features.prompt_logprobs)
     count = (np.int32(1),) if bucket.kind == "decode" else ()
-    _, state = steps[bucket](params, stop_transitions, state, *jax.device_put((inputs, *count)))
+    arguments = jax.device_put((inputs, *count), placement)
+    _, state = steps[bucket](params, stop_transitions, state, *arguments)
   return jax.block_until_ready(state)

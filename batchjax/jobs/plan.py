@@ -6,7 +6,7 @@ import resource
 import time
 from typing import Any
 
-from batchjax.config import JobConfig
+from batchjax.config import ConfigError, JobConfig
 from batchjax.io.store import RequestReader
 from batchjax.jobs.prepare import prepare
 from batchjax.jobs.run import Loaders
@@ -26,7 +26,13 @@ def plan_file(config: JobConfig, input_path: str, directory: pathlib.Path, chip:
     directory: for the tokenized requests.
     chip: whose roofline predicts the seconds.
     loaders: how configuration and tokenizer are loaded.
+
+  Raises:
+    ConfigError: the mesh is that of whatever machine runs the job, or does not divide the model.
   """
+  if not config.engine.mesh.tensor:
+    raise ConfigError("engine.mesh.tensor=0 takes all devices of the machine that runs the job, and "
+                      "a plan is made without one: name their number")
   start = time.perf_counter()
   model, tokenizer = loaders.read(config.model)
   prepared = prepare(input_path, directory / "requests.arrow", config, model, tokenizer)
@@ -53,7 +59,7 @@ def plan_file(config: JobConfig, input_path: str, directory: pathlib.Path, chip:
       "shared_nodes": sum(w["shared_nodes"] for w in windows),
       "first_window": windows[0] if windows else None,
       "memory": dataclasses.asdict(estimate) | {"total_bytes": estimate.total_bytes},
-      "chip": chip.name,
+      "chip": chip.name, "num_devices": engine.mesh.tensor,
       "read_secs": round(prepared_secs, 2),
       "plan_secs": round(time.perf_counter() - start - prepared_secs, 2),
       "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -74,12 +80,14 @@ def to_text(plan: dict[str, Any]) -> str:
       f"memory    {gib('weight_bytes')} weights, {gib('kv_bytes')} KV, "
       f"{gib('logits_bytes')} logits, {gib('activation_bytes')} activations",
   ]
+  if plan["num_devices"] > 1:
+    lines[-1] += f", on each of {plan['num_devices']} devices"
   first = plan["first_window"]
   if first:
     lines += [f"shape     {bucket['kind']}: {bucket['tokens']} tokens, {bucket['rows']} rows"
               for bucket in first["buckets"]]
     lines.append(
-        f"predicted {first['predicted_secs']:,} s at least on {plan['chip']}"
+        f"predicted {first['predicted_secs']:,} s at least on {plan['num_devices']} x {plan['chip']}"
         f"{' for the first window' if plan['windows'] > 1 else ''}: "
         f"{first['predicted_mixed_steps']:,} mixed steps, "
         f"{first['predicted_decode_loops']:,} decode loops, "

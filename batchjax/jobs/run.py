@@ -28,6 +28,7 @@ from batchjax.jobs.recorder import Recorder
 from batchjax.jobs.signals import Stop, stop_on_signal
 from batchjax.plan import planner
 from batchjax.plan.memory import num_kv_pages, settle
+from batchjax.sharding import resolve
 from batchjax.text.stop import build_stop_table
 from batchjax.text.tokenizer import Tokenizer
 from batchjax.types import Request, StopTable
@@ -60,8 +61,9 @@ def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str
   with stop_on_signal() as stop:
     model_config, tokenizer = loaders.read(config.model)
     device = configure_jax()
+    engine = dataclasses.replace(config.engine, mesh=resolve(config.engine.mesh))
     config = dataclasses.replace(config, engine=settle(
-        model_config, config.engine, chip_of(device), memory_limit(device)))
+        model_config, engine, chip_of(device), memory_limit(device)))
     with job_lib.open_job(directory, identity(config, input_path), overwrite=overwrite) as job:
       prepared, requests = _prepare_once(job, input_path, config, model_config, tokenizer)
       with requests:
@@ -133,12 +135,12 @@ def _complete(job: job_lib.Job, requests: RequestReader, left: np.ndarray,
   engine = config.engine
   stop_table = _stop_table(requests, model_config, tokenizer, config.limits.max_stop_table_bytes)
   device = jax.devices()[0]
-  model = loaders.load(config.model, model_config)
+  model = loaders.load(config.model, model_config, engine.mesh)
   features = SamplingFeatures.of((r.sampling_params for r in requests),
                                  model.config.eos_token_ids)
   num_errors = len(prepared.errors)
   run_record = report.RunRecord(
-      time=time.time(), device_kind=device.device_kind, num_devices=1,
+      time=time.time(), device_kind=device.device_kind, num_devices=engine.mesh.tensor,
       model=config.model.name or pathlib.Path(config.model.path).name or config.model.shape,
       jax_version=jax.__version__, num_requests=len(left) + num_errors,
       num_prompt_tokens=int(requests.prompt_lens[left].sum()),

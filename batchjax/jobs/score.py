@@ -32,7 +32,7 @@ def score_file(config: JobConfig, input_path: str, output_path: str,
     requests[request.request_id] = request
   configure_jax()
   scores = {s.request_id: s for s in score(
-      loaders.load(config.model, model_config), requests.values(), config.engine,
+      loaders.load(config.model, model_config, config.engine.mesh), requests.values(), config.engine,
       module_class=loaders.module_class)}
   files.write_rows(files.Path(output_path), [
       {"id": name, "logprob": scores[name].total, "num_tokens": len(scores[name].logprobs),

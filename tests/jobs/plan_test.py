@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from batchjax.config import EngineConfig, JobConfig, ModelSource
+from batchjax.config import ConfigError, EngineConfig, JobConfig, MeshConfig, ModelSource
 from batchjax.jobs.plan import plan_file, to_text
 from batchjax.jobs.run import Loaders
 from batchjax.plan.cost import CHIPS
@@ -81,7 +81,18 @@ def test_text_says_the_same(tmp_path):
   assert f"{values['prompt_tokens_computed']:,} computed" in text
   for bucket in values["first_window"]["buckets"]:
     assert f"{bucket['kind']}: {bucket['tokens']} tokens, {bucket['rows']} rows" in text
-  assert "s at least on h100" in text
+  assert "s at least on 1 x h100" in text
+
+
+def test_a_plan_for_a_mesh_is_of_each_device(tmp_path):
+  one, four = plan(tmp_path), plan(tmp_path, mesh=MeshConfig(4))
+  assert four["num_devices"] == 4 and four["memory"]["weight_bytes"] < one["memory"]["weight_bytes"]
+  text = to_text(four)
+  assert "activations, on each of 4 devices" in text and "at least on 4 x h100" in text
+  with pytest.raises(ConfigError, match="engine.mesh.tensor=0 takes all devices .* name their number"):
+    plan(tmp_path, mesh=MeshConfig(0))
+  with pytest.raises(ConfigError, match="engine.mesh.tensor=3 does not divide the 8 query heads"):
+    plan(tmp_path, mesh=MeshConfig(3))
 
 
 def test_a_file_of_bad_rows_only(tmp_path):
