@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -228,9 +229,12 @@ def test_draws_and_sums_are_independent_of_the_number_of_devices(num_devices):
   num_places = split.num_segments * -(-vocab_size // 48)
   ids = np.concatenate([split.token_ids(np.arange(num_places), i) for i in range(num_devices)])
   places = np.where(ids < vocab_size, logits[:, np.minimum(ids, vocab_size - 1)], -np.inf)
-  got = jax.jit(jax.shard_map(
+  lowered = jax.jit(jax.shard_map(
       functools.partial(run, split=split), mesh=make_mesh(MeshConfig(num_devices)),
-      in_specs=spec(None, "tensor"), out_specs=spec(), check_vma=False))(places)
+      in_specs=spec(None, "tensor"), out_specs=spec(), check_vma=False)).lower(places)
+  gathered = re.findall(r'stablehlo.all_gather".*-> tensor<\d+x(\d+)x', lowered.as_text())
+  assert 4 < len(gathered) and max(map(int, gathered)) < vocab_size / 2, "sums and candidates only"
+  got = lowered.compile()(places)
   for mine, want in zip(got, jax.jit(functools.partial(run, split=Split()))(logits), strict=True):
     np.testing.assert_array_equal(np.asarray(mine)[:-1], np.asarray(want)[:-1])
   assert np.asarray(got[1]).tolist() == [True] * (num_rows - 1) + [False]

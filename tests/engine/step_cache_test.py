@@ -21,6 +21,7 @@ from batchjax.types import Request, SamplingParams
 from batchjax.weights import Model
 
 MODEL = Model(fake_config(max_len=256), {})
+SIZES = dict(page_size=4, num_pages=300, max_rows=16, max_step_tokens=256)
 KEY = step_cache.StepKey("b" * 32, Bucket("mixed", 64, 8, 16, 100), 8, 100)
 
 
@@ -34,8 +35,7 @@ def forget():
 
 @pytest.fixture
 def engine(tmp_path):
-  return EngineConfig(page_size=4, num_pages=300, max_rows=16, max_step_tokens=256,
-                      compilation_cache_dir=str(tmp_path / "cache"))
+  return EngineConfig(compilation_cache_dir=str(tmp_path / "cache"), **SIZES)
 
 
 def requests(seed, num=12, max_tokens=6, **params):
@@ -84,7 +84,7 @@ def test_a_new_process_reads_what_another_left(engine):
 import jax, sys
 sys.path[:0] = {[os.path.dirname(__file__), *sys.path]!r}
 import step_cache_test as t
-engine = t.EngineConfig(**{dataclasses.asdict(engine)!r})
+engine = t.EngineConfig(compilation_cache_dir={engine.compilation_cache_dir!r}, **t.SIZES)
 tokens, records = t.run(engine)
 print([record.cached for record in records], sorted(tokens.items()))
 """
