@@ -6,7 +6,7 @@ __version__ = "0.1.0"
 
 with epy.lazy_api_imports(globals()):  # so that `import batchjax` is quick, and its console script
   from batchjax.cache.kv_state import init_kv_state
-  from batchjax.config import (ConfigError, EngineConfig, JobConfig, ModelConfig, ModelSource,
+  from batchjax.config import (ConfigError, EngineConfig, JobConfig, MeshConfig, ModelConfig, ModelSource,
                                from_config_dict, to_config_dict)
   from batchjax.engine.pack import pack
   from batchjax.engine.sampling import sample
@@ -28,7 +28,7 @@ with epy.lazy_api_imports(globals()):  # so that `import batchjax` is quick, and
 
 __all__ = (
     "CHIPS", "Choice", "Completion", "ConfigError", "EngineConfig", "ForwardOutputs", "JobConfig", "Loaded",
-    "Model", "ModelConfig", "ModelSource", "Request", "SHAPES", "SamplingFeatures", "SamplingParams",
+    "MeshConfig", "Model", "ModelConfig", "ModelSource", "Request", "SHAPES", "SamplingFeatures", "SamplingParams",
     "SamplingTable", "Score", "ScoreRequest", "TextChoice", "TextCompletion", "Transformer",
     "build_prefix_tree", "compiled_steps", "complete", "decode_loop", "forward", "from_config_dict",
     "generate", "init_engine_state", "init_kv_state", "load", "load_model", "load_tokenizer", "make_plan",

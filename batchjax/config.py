@@ -12,6 +12,10 @@ from batchjax.types import SamplingParams
 
 T = TypeVar("T")
 
+# The vocabulary is dealt out to this many segments, token id modulo their number, and a device of a
+# mesh holds whole ones: sums over it are made segment by segment, so they are the same on any mesh.
+VOCAB_SEGMENTS = 48
+
 
 class ConfigError(ValueError):
   """A setting is unknown, of the wrong type or out of range; the message names it.
@@ -117,6 +121,30 @@ class ModelConfig:
     itemsize = 4 if self.dtype == "float32" else 2
     return self.num_layers * self.num_kv_heads * self.kv_width(lanes) * itemsize
 
+  def of_device(self, num_devices: int) -> "ModelConfig":
+    """The shapes of what one of `num_devices` holds.
+
+    Query heads divide. Where there are fewer KV heads than devices, each stands on several, its
+    query heads split among them. Feed-forward and vocabulary are filled up to equal shares.
+
+    Raises:
+      ConfigError: heads do not divide; the message names the sizes that would do.
+    """
+    if num_devices == 1:
+      return self
+    heads, kv_heads = self.num_heads, self.num_kv_heads
+    sizes = [n for n in range(1, heads + 1)
+             if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
+    _require(num_devices in sizes,
+             f"engine.mesh.tensor={num_devices} does not divide the {heads} query heads on "
+             f"{kv_heads} KV heads of the model; these sizes would do: "
+             f"{', '.join(map(str, sizes))}")
+    segments = -(-VOCAB_SEGMENTS // num_devices)
+    return dataclasses.replace(
+        self, num_heads=heads // num_devices, num_kv_heads=max(1, kv_heads // num_devices),
+        ffn_size=-(-self.ffn_size // num_devices),
+        vocab_size=segments * -(-self.vocab_size // VOCAB_SEGMENTS))
+
   @property
   def num_params(self) -> int:
     """Parameters, norms left out."""
@@ -124,6 +152,21 @@ class ModelConfig:
     per_layer = attn + 3 * self.hidden_size * self.ffn_size
     embeddings = self.vocab_size * self.hidden_size * (1 if self.tie_embeddings else 2)
     return self.num_layers * per_layer + embeddings
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshConfig:
+  """The devices that share one model.
+
+  Attributes:
+    tensor: devices among which heads, feed-forward, vocabulary and KV are split; 0 takes all of
+      this machine.
+  """
+
+  tensor: int = 1
+
+  def __post_init__(self):
+    _require(self.tensor >= 0, f"engine.mesh.tensor must be at least 0, got {self.tensor}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,6 +193,7 @@ class EngineConfig:
     attention: implementation of shared_prefix_attention; None picks by device.
     compilation_cache_dir: folder that keeps compiled steps for later processes; "" keeps none.
     compilation_cache_bytes: the steps not used for longest go when it holds more.
+    mesh: the devices; sizes and bytes above are those of each of them.
 
   >>> engine = batchjax.EngineConfig(max_rows=256, kv_memory_bytes=8 << 30)
   >>> dataclasses.replace(engine, share_prefixes=False).max_rows
@@ -173,6 +217,7 @@ class EngineConfig:
   attention: str | None = None
   compilation_cache_dir: str = "~/.cache/batchjax"
   compilation_cache_bytes: int = 4 << 30
+  mesh: MeshConfig = MeshConfig()
 
   def __post_init__(self):
     for name in ("max_rows", "max_step_tokens", "page_size", "kv_lanes", "max_decode_steps",

@@ -1,6 +1,7 @@
 """Requests in, completions out: the whole job, and its only host/device junction."""
 
 import collections
+import dataclasses
 import itertools
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -23,8 +24,10 @@ from batchjax.plan.buckets import Bucket
 from batchjax.plan.cost import Chip
 from batchjax.plan.outlook import Dispatch, Outlook
 from batchjax.plan.requests import check_requests
+from batchjax.sharding import make_mesh, replicated, resolve, Split
 from batchjax.types import Completion, Request, StepOutputs, StopTable
 from batchjax.weights import Model
+from batchjax.weights.layout import check_placed
 
 
 class StartEvent(NamedTuple):
@@ -87,7 +90,7 @@ def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = E
     stop_table: automata of all stop strings, made before.
     observe: is given each `Phase` and `CompileRecord` of the start, the `StartEvent`, then the `Plan`
       of each window and every `StepEvent`.
-    module_class: `module_class(config, page_size, attention, max_levels)` makes the module.
+    module_class: `module_class(config, page_size, attention, max_levels, split)` makes the module.
     compiler_options: of XLA; None takes those that serve the backend best.
 
   Yields:
@@ -95,7 +98,7 @@ def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = E
 
   Raises:
     ConfigError: a request is not one of this model or can never fit, the engine's sizes do not fit
-      together, or the device has too little memory for them.
+      together, a device has too little memory for them, or the model is laid out for another mesh.
 
   >>> params = batchjax.SamplingParams(temperature=0.0, max_tokens=8, stop=("a", "e"))
   >>> requests = [batchjax.Request(prompt, tokenizer.encode(prompt), params)
@@ -115,22 +118,26 @@ def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = E
     return
   device, config = jax.devices()[0], model.config
   chip, device_bytes = chip_of(device), memory_limit(device, model.params)
+  engine = dataclasses.replace(engine, mesh=resolve(engine.mesh))
   engine = memory.settle(config, engine, chip, device_bytes)
+  check_placed(model.params, engine.mesh)
+  placement = replicated(make_mesh(engine.mesh))
   if features is None:
     features = SamplingFeatures.of((r.sampling_params for r in window), config.eos_token_ids)
   stops = dict.fromkeys(r.sampling_params.stop for r in window if r.sampling_params.stop)
   if stops and stop_table is None and tokenizer is not None:
     stop_table = tokenizer.stop_table(stops, config.vocab_size)
   compiler = compile_lib.StepCompiler(
-      module_class(config, engine.page_size, engine.attention, engine.max_levels), model.params,
-      features, stop_table, config, engine, device, compiler_options)
+      module_class(config.of_device(engine.mesh.tensor), engine.page_size, engine.attention,
+                   engine.max_levels, Split.of(engine.mesh, config)),
+      model.params, features, stop_table, config, engine, device, compiler_options)
   available = compiler.available(memory.num_kv_pages(config, engine))
   plan = _plan(config, window, engine, chip, available=available, is_only_window=is_only_window,
                stop_table=stop_table)
   buckets = plan.buckets
   max_rows = max(bucket.num_rows for bucket in buckets)
   table = SamplingTable(max_rows, features, config.eos_token_ids, stop_table)
-  transitions = None if stop_table is None else jax.device_put(stop_table.transitions)
+  transitions = None if stop_table is None else jax.device_put(stop_table.transitions, placement)
   make_state = compile_lib.make_state_fn(config, engine, plan.num_pages, max_rows, features)
   planned = time.perf_counter()
   steps = compiler.compile(jax.eval_shape(make_state), buckets, observe)
@@ -138,7 +145,7 @@ def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = E
   startup.check_memory(steps.records, device_bytes)
   observe(compile_lib.Phase("warming up"))
   state, step_secs = startup.warm_up(steps, buckets, model.params, transitions, make_state(), table,
-                                     engine.page_size, features)
+                                     engine.page_size, features, placement)
   observe(StartEvent(planned - called, compiled - planned, time.perf_counter() - compiled,
                      step_secs))
 
@@ -147,12 +154,13 @@ def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = E
     for admission in batch.admissions:
       table.set(admission.slot, admission.sampling_params, admission.sample_index)
     for known in pack_admissions(batch.admissions, max_rows) if features.penalties else ():
-      state = state.replace(penalties=steps["admit"](state.penalties, *jax.device_put(known)))
+      known = jax.device_put(known, placement)
+      state = state.replace(penalties=steps["admit"](state.penalties, *known))
     bucket = planner.pick_bucket(buckets, batch.kind, batch.num_tokens)
     inputs = pack(batch, bucket, table, page_size=engine.page_size,
                   prompt_logprobs=features.prompt_logprobs)
     count = (np.int32(batch.num_steps),) if batch.kind == "decode" else ()
-    arguments = jax.device_put((inputs, *count))
+    arguments = jax.device_put((inputs, *count), placement)
     start = time.perf_counter()
     results = steps[bucket](model.params, transitions, state, *arguments)
     return bucket, time.perf_counter() - start, *results

@@ -41,6 +41,7 @@ def test_a_field_that_is_none_can_be_set_and_keeps_its_type():
     (dict(engine__max_rows=0), r"engine\.max_rows must be positive, got 0"),
     (dict(engine__page_size=24), r"engine\.page_size=24 must be a power of two"),
     (dict(engine__max_step_tokens=8), r"engine\.max_step_tokens=8 must be at least max_rows=64"),
+    (dict(engine__mesh=dict(tensor=-1)), r"engine\.mesh\.tensor must be at least 0, got -1"),
     (dict(engine__kv_memory_bytes=-1), r"engine\.kv_memory_bytes must be at least 0, got -1"),
     (dict(limits__max_n=0), r"limits\.max_n must be positive, got 0"),
     (dict(limits__max_template_secs=-1), r"limits\.max_template_secs must be positive, got -1"),

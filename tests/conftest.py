@@ -17,6 +17,8 @@ CHAT_TEMPLATE = ("{% for m in messages %}<|{{ m.role }}|>{{ m.content }}</s>{% e
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+# Meshes are of simulated devices; all else runs on the first.
+os.environ.setdefault("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
 # Threads of an interpreted kernel wait for one another in callbacks, each of which holds a thread of
 # XLA's pool; that pool has as many as there are cores.
 os.environ.setdefault("NPROC", "16")

@@ -8,17 +8,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from batchjax.config import ConfigError, EngineConfig
+from batchjax.config import ConfigError, EngineConfig, MeshConfig
 from batchjax.engine.compile import CompileRecord
 from batchjax.engine.device import chip_of, memory_limit
 from batchjax.generation import StepEvent, generate
 from batchjax.models import SHAPES
 from batchjax.plan.planner import Plan
 from batchjax.testing.fake_model import FakeModel, fake_config
+from batchjax.testing.on_mesh import on_mesh
 from batchjax.testing.oracle import assert_same, oracle_generate
 from batchjax.types import Request, SamplingParams
 from batchjax.weights import Model
 from batchjax.weights.random import random_params
+from batchjax.weights.tree import nest, param_shapes
 
 ENGINE = EngineConfig(num_pages=120, page_size=4, max_rows=6, max_step_tokens=24, max_buckets=1,
                       max_decode_steps=5, compilation_cache_dir="")
@@ -59,12 +61,39 @@ def oracle(llama):
     dict(share_prefixes=False, lookahead=3, page_size=1, num_pages=400),
     dict(max_levels=1, page_size=16, num_pages=20, max_rows=4, max_step_tokens=9, lookahead=0,
          plan_window=4),
+    dict(mesh=MeshConfig(2), page_size=8), dict(mesh=MeshConfig(4), max_levels=2),
 ], ids=str)
 def test_a_transformer_equals_the_oracle_token_for_token(change, llama, oracle):
-  got = {c.request_id: c for c in generate(llama, REQUESTS, dataclasses.replace(ENGINE, **change))}
+  engine = dataclasses.replace(ENGINE, **change)
+  got = {c.request_id: c for c in generate(on_mesh(llama, engine.mesh), REQUESTS, engine)}
   assert len(got) == len(REQUESTS)
   for request_id, want in oracle.items():
     assert_same(got[request_id], want, atol=1e-3)
+
+
+@pytest.mark.parametrize("family, size", [("qwen2", 8), ("gemma3", 4)])
+def test_families_on_a_mesh_give_the_tokens_of_one_device(family, size):
+  """Sizes that do not divide are filled up; one KV head stands on several devices."""
+  config = dataclasses.replace(SHAPES[f"tiny_{family}"], num_heads=8, num_kv_heads=2, ffn_size=62,
+                               vocab_size=253)
+  rng = np.random.default_rng(3)  # of the host, which compiles nothing
+  whole = Model(config, nest({path: jnp.asarray(rng.normal(size=shape) / 6, jnp.float32)
+                              for path, shape in param_shapes(config).items()}))
+  params = SamplingParams(temperature=0.7, top_k=40, max_tokens=8, logprobs=True, top_logprobs=2)
+  one, many = ({c.request_id: c for c in generate(
+      on_mesh(whole, mesh), make_requests([params], 5), dataclasses.replace(ENGINE, mesh=mesh))}
+               for mesh in (MeshConfig(1), MeshConfig(size)))
+  for request_id, want in one.items():
+    assert_same(many[request_id], want)
+
+
+def test_a_model_on_another_mesh_is_refused(llama):
+  engine = dataclasses.replace(ENGINE, mesh=MeshConfig(2))
+  for model, other in ((llama, engine), (on_mesh(llama, engine.mesh), ENGINE)):
+    with pytest.raises(ConfigError, match="laid out for engine.mesh.tensor=.*load it with that mesh"):
+      list(generate(model, REQUESTS, other))
+  with pytest.raises(ConfigError, match="tensor=9 needs as many devices, JAX finds 8"):
+    list(generate(llama, REQUESTS, dataclasses.replace(ENGINE, mesh=MeshConfig(9))))
 
 
 def test_a_row_whose_logits_are_nan_ends_and_spoils_no_other(llama, oracle):

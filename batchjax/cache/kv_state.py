@@ -7,7 +7,7 @@ import jax.numpy as jnp
 
 from batchjax.config import ModelConfig
 
-# Logical axis names of a layer's pool, for the sharding rules.
+# Logical axis names of a layer's pool (`sharding.spec_of`).
 KV_AXES = ("pages", "kv_heads", "page", "kv_dim")
 
 

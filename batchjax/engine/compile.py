@@ -18,6 +18,7 @@ from batchjax.engine import gpu_kernels, sampling, step, step_cache
 from batchjax.engine.pack import ADMITTED_TOKENS
 from batchjax.engine.sampling_inputs import SamplingFeatures, SamplingTable
 from batchjax.plan.buckets import Bucket
+from batchjax.sharding import devices_of, jit, make_mesh, spec_of, specs_of
 from batchjax.types import SamplingInputs, Segments, StepInputs, StopTable
 
 
@@ -92,15 +93,19 @@ class Steps:
 
 def make_state_fn(config: ModelConfig, engine: EngineConfig, num_pages: int, max_rows: int,
                   features: SamplingFeatures) -> Callable[[], step.EngineState]:
-  """Makes an engine at rest on the device: an empty pool and empty slots."""
-  return functools.partial(_make_state, config, engine.page_size, engine.kv_lanes, num_pages,
-                           max_rows, features)
+  """Makes an engine at rest on its devices: an empty pool and empty slots."""
+  return functools.partial(_make_state, config.of_device(engine.mesh.tensor), engine.page_size,
+                           engine.kv_lanes, num_pages, max_rows, features, make_mesh(engine.mesh))
 
 
-@functools.partial(jax.jit, static_argnums=range(6))
-def _make_state(config, page_size, kv_lanes, num_pages, max_rows, features):
-  return step.init_engine_state(init_kv_state(config, num_pages, page_size, kv_lanes), max_rows,
-                                config.vocab_size, features)
+@functools.partial(jax.jit, static_argnums=range(7))
+def _make_state(config, page_size, kv_lanes, num_pages, max_rows, features, mesh):
+  make = lambda: step.init_engine_state(
+      init_kv_state(config, num_pages, page_size, kv_lanes), max_rows, config.vocab_size, features)
+  if mesh is None:
+    return make()
+  return jax.shard_map(make, mesh=mesh, in_specs=(), check_vma=False,
+                       out_specs=step.state_specs(config.num_layers, features))()
 
 
 class StepCompiler:
@@ -114,14 +119,17 @@ class StepCompiler:
       params: as the steps will get them, or their shapes.
       stop_table: stop automata, None where no row has stop strings.
       config: shapes of the model.
-      engine: page size, longest decode loop, and the folder that keeps steps for other processes.
-      device: where they will run.
+      engine: page size, longest decode loop, mesh, and the folder that keeps steps for other processes.
+      device: where they will run; without meaning on a mesh.
       compiler_options: of XLA; None takes those that serve the backend best.
 
     Raises:
       ConfigError: the cache folder cannot be trusted.
     """
-    self._module, self._features, self._device = module, features, device
+    self._module, self._features, self._mesh = module, features, make_mesh(engine.mesh)
+    self._devices = [device] if self._mesh is None else devices_of(self._mesh)
+    device = self._devices[0]
+    self._state_specs = step.state_specs(config.num_layers, features)
     self._params = step_cache.shapes_of(params)
     self._transitions = step_cache.shapes_of(None if stop_table is None else stop_table.transitions)
     self._sampling = SamplingTable(1, features, config.eos_token_ids).rows
@@ -138,8 +146,9 @@ class StepCompiler:
   def base(self) -> str:
     """The part of the steps' keys that is not sizes."""
     return step_cache.base_key(
-        self._module, self._device, features=self._features, params=self._params,
-        transitions=self._transitions, sampling=[x.shape[1:] for x in self._sampling],
+        self._module, self._devices[0], features=self._features, params=self._params,
+        num_devices=len(self._devices), transitions=self._transitions,
+        sampling=[x.shape[1:] for x in self._sampling],
         page=self._page, max_decode_steps=self._max_decode_steps,
         options=self._options)
 
@@ -199,7 +208,7 @@ class StepCompiler:
   def _find(self, key: step_cache.StepKey) -> tuple[Callable, CompileRecord] | None:
     start, memory = time.perf_counter(), step_cache.compiled_steps()
     if (known := memory.get(key)) is None and self._folder is not None:
-      if (known := self._folder.get(key, self._device)) is not None:
+      if (known := self._folder.get(key, self._devices)) is not None:
         memory.put(key, known)
     if known is None:
       return None
@@ -235,12 +244,18 @@ class StepCompiler:
     else:
       fn = functools.partial(step.decode_loop, self._module, self._features, self._max_decode_steps)
       count = (jax.ShapeDtypeStruct((), jnp.int32),)
-    return jax.jit(fn, donate_argnums=2).lower(self._params, self._transitions, state, inputs, *count)
+    whole = spec_of(())
+    specs = specs_of(self._params, self._mesh), whole, self._state_specs, whole
+    specs += (whole,) * len(count)
+    return jit(fn, self._mesh, specs, (whole, self._state_specs), donate_argnums=2).lower(
+        self._params, self._transitions, state, inputs, *count)
 
   def _lower_admit(self, state: step.EngineState) -> jax.stages.Lowered:
     array = lambda size, dtype: jax.ShapeDtypeStruct((size,), dtype)
     tokens = array(ADMITTED_TOKENS, jnp.int32)
-    return jax.jit(sampling.admit, donate_argnums=0).lower(
+    admit = functools.partial(sampling.admit, split=self._module.split)
+    specs = self._state_specs.penalties, *(spec_of(()),) * 4
+    return jit(admit, self._mesh, specs, specs[0], donate_argnums=0).lower(
         state.penalties, array(len(state.done), jnp.int32), tokens, tokens,
         array(ADMITTED_TOKENS, jnp.uint16))
 

@@ -1,5 +1,6 @@
 """What JAX says of a device."""
 
+import math
 from typing import Any
 
 from absl import logging
@@ -9,14 +10,15 @@ from batchjax.plan.cost import CHIPS, Chip
 
 
 def memory_limit(device: jax.Device, params: Any = None) -> int | None:
-  """Bytes of a device for a job, its `params` included; what else lies there already is not.
+  """Bytes of a device for a job, its share of `params` included; what else lies there is not.
 
   None where the device does not say, as on CPUs.
   """
   stats = device.memory_stats() or {}
   if "bytes_limit" not in stats:
     return None
-  ours = sum(x.nbytes for x in jax.tree.leaves(params))
+  ours = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.itemsize if isinstance(x, jax.Array)
+             else x.nbytes for x in jax.tree.leaves(params))
   return stats["bytes_limit"] - max(0, stats.get("bytes_in_use", 0) - ours)
 
 

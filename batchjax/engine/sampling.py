@@ -16,6 +16,7 @@ from jaxtyping import Array, Bool, Float, Int, UInt16
 
 from batchjax.engine import draw as draw_lib
 from batchjax.engine.sampling_inputs import MAX_COUNT, SamplingFeatures
+from batchjax.sharding import Split
 from batchjax.types import SamplingInputs
 
 # Up to so many tokens are struck out by comparing, more by a scatter.
@@ -40,27 +41,29 @@ class PenaltyState:
 
 
 def admit(state: PenaltyState, fresh: Int[Array, "slots"], slots: Int[Array, "C"],
-          tokens: Int[Array, "C"], seen: UInt16[Array, "C"]) -> PenaltyState:
+          tokens: Int[Array, "C"], seen: UInt16[Array, "C"], split: Split = Split()) -> PenaltyState:
   """Starts slots over with what is known of tokens (see `pack_admissions`); -1 is padding."""
   max_rows, vocab_size = state.seen.shape
   values = state.seen.at[_drop_null(fresh, max_rows)].set(0, mode="drop")
-  where = _drop_null(slots, max_rows), jnp.minimum(tokens, vocab_size)  # ids past the end are dropped
+  where = _drop_null(slots, max_rows), _drop_null(split.places(tokens), vocab_size)
   return PenaltyState(values.at[where].set(seen, mode="drop"))
 
 
-def count(state: PenaltyState, slots: Int[Array, "R"], tokens: Int[Array, "R"]) -> PenaltyState:
+def count(state: PenaltyState, slots: Int[Array, "R"], tokens: Int[Array, "R"],
+          split: Split = Split()) -> PenaltyState:
   """Counts one generated token per row; -1 in `slots` or `tokens` counts nothing."""
   max_rows, vocab_size = state.seen.shape
-  seen = state.seen[jnp.maximum(slots, 0), jnp.maximum(tokens, 0)]
-  where = (_drop_null(slots, max_rows), _drop_null(tokens, vocab_size))
+  places = split.places(tokens)
+  seen = state.seen[jnp.maximum(slots, 0), jnp.clip(places, 0, vocab_size - 1)]
+  where = (_drop_null(slots, max_rows), _drop_null(places, vocab_size))
   seen += (seen & MAX_COUNT) < MAX_COUNT
   return PenaltyState(state.seen.at[where].set(seen, mode="drop"))
 
 
 def sample(logits: Float[Array, "R V"], inputs: SamplingInputs, positions: Int[Array, "R"],
            num_generated: Int[Array, "R"], features: SamplingFeatures,
-           penalties: PenaltyState | None = None, slots: Int[Array, "R"] | None = None
-           ) -> tuple[Int[Array, "R"], Bool[Array, "R"]]:
+           penalties: PenaltyState | None = None, slots: Int[Array, "R"] | None = None,
+           split: Split = Split()) -> tuple[Int[Array, "R"], Bool[Array, "R"]]:
   """The next token of each row, and whether its logits are such that a token can be drawn.
 
   In this order, which is that of vLLM and Hugging Face:
@@ -83,6 +86,8 @@ def sample(logits: Float[Array, "R V"], inputs: SamplingInputs, positions: Int[A
     features: what the job uses (static).
     penalties: needed where `features.penalties`.
     slots: each row's slot in `penalties`; -1 is unused.
+    split: of the vocabulary among devices, each with its part of `logits` and `penalties`; all get
+      the tokens.
 
   Raises:
     ValueError: the penalty state is missing.
@@ -95,13 +100,14 @@ def sample(logits: Float[Array, "R V"], inputs: SamplingInputs, positions: Int[A
   >>> tokens.tolist(), is_drawable.tolist()
   ([1], [True])
   """
-  logits = _adjust(logits.astype(jnp.float32), inputs, num_generated, features, penalties, slots)
+  logits = _adjust(logits.astype(jnp.float32), inputs, num_generated, features, penalties, slots,
+                   split)
   if features.greedy_only:
-    tokens, highest = _argmax(logits)
+    tokens, highest = _argmax(logits, split)
     return tokens, _is_finite(highest)
-  tokens, highest = draw_lib.draw(logits, inputs, positions, features)
+  tokens, highest = draw_lib.draw(logits, inputs, positions, features, split)
   if features.any_greedy:
-    tokens = jnp.where(inputs.temperature == 0, _argmax(logits)[0], tokens)
+    tokens = jnp.where(inputs.temperature == 0, _argmax(logits, split)[0], tokens)
   return tokens, _is_finite(highest)
 
 
@@ -140,13 +146,14 @@ def advance_stop(transitions: Int[Array, "U V"], automaton: Int[Array, "R"],
   return jnp.where(automaton < 0, 0, moved)
 
 
-def token_logprobs(logits: Float[Array, "R V"], tokens: Int[Array, "R"], num_top: int
-                   ) -> tuple[Float[Array, "R"], Array | None, Array | None]:
+def token_logprobs(logits: Float[Array, "R V"], tokens: Int[Array, "R"], num_top: int,
+                   split: Split = Split()) -> tuple[Float[Array, "R"], Array | None, Array | None]:
   """Log-probabilities under the model's own distribution: unmodified logits, temperature 1.
 
   Args:
     tokens: -1 gives NaN, and so does a row that `sample` cannot draw from.
     num_top: how many most likely alternatives to return.
+    split: of the vocabulary, as in `sample`.
 
   Returns:
     The log-probability of each token, and ids i32[R, num_top] and
@@ -154,21 +161,33 @@ def token_logprobs(logits: Float[Array, "R V"], tokens: Int[Array, "R"], num_top
     first among equals; both None if `num_top` is 0.
   """
   logits = logits.astype(jnp.float32)
-  highest, sums = draw_lib.highest_and_sums(logits, jnp.ones(len(logits)))
-  total = draw_lib.sum_tree(sums)[1]
+  highest, sums = draw_lib.highest_and_sums(logits, jnp.ones(len(logits)), split)
+  total = draw_lib.sum_tree(sums, split)[1]
   log_normalizer = jnp.where(_is_finite(highest), highest + jnp.log(total), jnp.nan)
-  chosen = jnp.take_along_axis(logits, jnp.maximum(tokens, 0)[:, None], axis=1)[:, 0]
+  chosen = draw_lib.logits_of(logits, jnp.maximum(tokens, 0), split)
   chosen = jnp.where(tokens < 0, jnp.nan, draw_lib.finite(chosen) - log_normalizer)
   if not num_top:
     return chosen, None, None
   if num_top == 1:
-    return chosen, _argmax(logits)[0][:, None], (highest - log_normalizer)[:, None]
-  top_logits, top_ids = draw_lib.largest(logits, num_top)
+    return chosen, _argmax(logits, split)[0][:, None], (highest - log_normalizer)[:, None]
+  top_logits, top_ids = _most_likely(logits, num_top, split)
   return chosen, top_ids, draw_lib.finite(top_logits) - log_normalizer[:, None]
 
 
+def _most_likely(logits: Array, num_top: int, split: Split) -> tuple[Array, Array]:
+  """The largest logits of each row and their ids, the lowest id first among equals."""
+  if split.num_devices == 1:
+    return draw_lib.largest(logits, num_top)
+  best, places = draw_lib.largest(logits, min(num_top, logits.shape[1]))
+  best, ids = split.gather(best), split.gather(split.token_ids(places))
+  falling = -jnp.where(jnp.isnan(best), jnp.inf, best)  # NaN first
+  _, ids, best = lax.sort((falling, ids, best), num_keys=2)
+  return best[:, :num_top], ids[:, :num_top]
+
+
 def prompt_logprobs(hidden: Float[Array, "T D"], next_tokens: Int[Array, "T"],
-                    logits_fn: Callable[[Array], Array], block_len: int, num_top: int
+                    logits_fn: Callable[[Array], Array], block_len: int, num_top: int,
+                    split: Split = Split()
                     ) -> tuple[Float[Array, "T"], Array | None, Array | None]:
   """`token_logprobs` of each token's successor, `block_len` tokens at a time.
 
@@ -179,6 +198,7 @@ def prompt_logprobs(hidden: Float[Array, "T D"], next_tokens: Int[Array, "T"],
     hidden: the final hidden states.
     next_tokens: the successor of each token in its prompt; -1 gives NaN.
     logits_fn: maps f[n, D] to f[n, V].
+    split: of the vocabulary, as in `sample`.
   """
   num_tokens = len(next_tokens)
   block_len = min(block_len, num_tokens)
@@ -189,7 +209,7 @@ def prompt_logprobs(hidden: Float[Array, "T D"], next_tokens: Int[Array, "T"],
   def score(i, out):
     here = lax.dynamic_slice(places, (i * block_len,), (block_len,))
     scores = token_logprobs(logits_fn(jnp.take(hidden, here, axis=0, mode="clip")),
-                            jnp.take(next_tokens, here, mode="clip"), num_top)
+                            jnp.take(next_tokens, here, mode="clip"), num_top, split)
     return jax.tree.map(lambda old, new: old.at[here].set(new, mode="drop"), out, scores)
 
   full = lambda value, *width: jnp.full((num_tokens, *width), value)
@@ -207,13 +227,13 @@ def _is_finite(highest: Array) -> Array:
   return jnp.abs(highest) < draw_lib.LIMIT
 
 
-def _argmax(logits: Array) -> tuple[Array, Array]:
+def _argmax(logits: Array, split: Split) -> tuple[Array, Array]:
   """The id of each row's largest logit, the lowest among equals; and the logit.
 
   Column by column first: reductions of (value, index) pairs, as in jnp.argmax,
   or of integers along rows take several times as long on CPUs.
   """
-  columns = [draw_lib.finite(column) for column in draw_lib.columns(logits)]
+  columns = [draw_lib.finite(column) for column in draw_lib.columns(logits, split)]
   highest = columns[0]
   ids = jnp.zeros(highest.shape, jnp.int32)
   for i, column in enumerate(columns[1:], start=1):
@@ -223,18 +243,19 @@ def _argmax(logits: Array) -> tuple[Array, Array]:
   # Else GPUs fuse all this into the reduction below, and take twenty times as long.
   highest, ids = lax.optimization_barrier((highest, ids))
   ids = ids * ids.shape[1] + lax.broadcasted_iota(jnp.int32, ids.shape, 1)
-  best = highest.max(axis=1)
-  return jnp.where(highest == best[:, None], ids, logits.shape[1]).min(axis=1), best
+  best = split.max(highest.max(axis=1))
+  places = jnp.where(highest == best[:, None], ids, logits.shape[1]).min(axis=1)
+  return split.first_token(places, logits.shape[1]), best
 
 
 def _adjust(logits: Array, inputs: SamplingInputs, num_generated: Array,
             features: SamplingFeatures, penalties: PenaltyState | None,
-            slots: Array | None) -> Array:
+            slots: Array | None, split: Split) -> Array:
   """Steps 1 to 4 of `sample`."""
   num_rows, vocab_size = logits.shape
   rows = jnp.arange(num_rows)[:, None]
   if features.num_bias:
-    ids = _drop_null(inputs.bias_ids, vocab_size)
+    ids = _drop_null(split.places(inputs.bias_ids), vocab_size)
     logits = logits.at[rows, ids].add(inputs.bias_values, mode="drop")
   if features.penalties:
     if penalties is None or slots is None:
@@ -248,7 +269,7 @@ def _adjust(logits: Array, inputs: SamplingInputs, num_generated: Array,
     logits -= in_output * inputs.presence_penalty[:, None]
   if features.min_tokens and features.num_stop_ids:
     too_short = (num_generated < inputs.min_tokens)[:, None]
-    ids = jnp.where(too_short, inputs.stop_ids, -1)
+    ids = jnp.where(too_short, split.places(inputs.stop_ids), -1)
     if features.num_stop_ids <= _MAX_COMPARED:  # compared on the way, where a scatter copies
       token = lax.broadcasted_iota(jnp.int32, (1, vocab_size), 1)
       for i in range(features.num_stop_ids):

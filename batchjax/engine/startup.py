@@ -32,7 +32,8 @@ def check_memory(records: Sequence[CompileRecord], device_bytes: int | None) -> 
 
 def warm_up(steps: Steps, buckets: Sequence[Bucket], params: Any, stop_transitions: Any,
             state: EngineState, table: SamplingTable, page_size: int,
-            features: SamplingFeatures) -> tuple[EngineState, dict[Bucket, float]]:
+            features: SamplingFeatures, placement: jax.sharding.Sharding | None = None
+            ) -> tuple[EngineState, dict[Bucket, float]]:
   """Runs every shape once with nothing in it: accelerators load kernels when they first run.
 
   CPUs have nothing to load, and run decode loops alone, for their times.
@@ -48,7 +49,7 @@ def warm_up(steps: Steps, buckets: Sequence[Bucket], params: Any, stop_transitio
                   prompt_logprobs=features.prompt_logprobs)
     arguments = (inputs, np.int32(1)) if is_decode else (inputs,)
     for _ in range(2 if is_decode else jax.default_backend() != "cpu"):
-      sent = jax.block_until_ready(jax.device_put(arguments))
+      sent = jax.block_until_ready(jax.device_put(arguments, placement))
       start = time.perf_counter()
       _, state = steps[bucket](params, stop_transitions, state, *sent)
       if is_decode:

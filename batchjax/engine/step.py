@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Int
 
-from batchjax.cache.kv_state import KVState
+from batchjax.cache.kv_state import KV_AXES, KVState
 from batchjax.engine import sampling
 from batchjax.engine.sampling_inputs import SamplingFeatures
+from batchjax.sharding import spec_of
 from batchjax.types import StepInputs, StepOutputs
 
 # Prompt log-probabilities hold the logits of this many tokens at a time: so many that reading the
@@ -51,13 +52,22 @@ def init_engine_state(kv: KVState, max_rows: int, vocab_size: int,
                      penalties=sampling.PenaltyState.create(max_rows, vocab_size, features))
 
 
+def state_specs(num_layers: int, features: SamplingFeatures) -> EngineState:
+  """How an engine's state is split on a mesh: `PartitionSpec` in place of its arrays."""
+  whole, counts = spec_of(()), spec_of((None, "vocab"))
+  return EngineState(
+      kv=KVState((spec_of(KV_AXES),) * num_layers), last_tokens=whole, done=whole, stop_states=whole,
+      penalties=sampling.PenaltyState(counts) if features.penalties else None)
+
+
 def mixed_step(module: Any, features: SamplingFeatures, params: Any,
                stop_transitions: Int[Array, "U V"] | None, state: EngineState,
                inputs: StepInputs) -> tuple[StepOutputs, EngineState]:
   """Decode rows and prefill chunks in one forward pass; rows whose prompt is complete draw.
 
   Args:
-    module: a `Transformer`, or what has its `__call__`, `make_schedule` and `logits`.
+    module: a `Transformer`, or what has its `__call__`, `make_schedule`, `logits` and `split`; on a
+      mesh it is that of one device's share, and so are `params` and `state`.
     features: what sampling has to do (static).
     params: of the module.
     stop_transitions: of the stop table, None where no job has stop strings.
@@ -82,7 +92,7 @@ def mixed_step(module: Any, features: SamplingFeatures, params: Any,
   if features.prompt_logprobs:
     scores = sampling.prompt_logprobs(
         hidden, inputs.next_tokens, lambda h: module.apply(params, h, method="logits"),
-        _LOGITS_BLOCK, features.num_top_logprobs)
+        _LOGITS_BLOCK, features.num_top_logprobs, module.split)
     outputs = outputs._replace(prompt_logprobs=scores[0], prompt_top_token_ids=scores[1],
                                prompt_top_logprobs=scores[2])
   return outputs, state
@@ -186,7 +196,7 @@ def _advance(module, features, params, stop_transitions, state, inputs, schedule
   with jax.named_scope("sample"):
     position = of_slot(inputs.positions, inputs.sample_tokens) + 1
     drawn, is_finite = sampling.sample(logits, inputs.sampling, position, inputs.num_generated,
-                                       features, state.penalties, inputs.slots)
+                                       features, state.penalties, inputs.slots, module.split)
     drawn = jnp.where(draws, drawn, -1)
     stop_states = None
     if features.stop_strings:
@@ -199,8 +209,8 @@ def _advance(module, features, params, stop_transitions, state, inputs, schedule
     finish = jnp.where(draws, finish, 0).astype(jnp.int8)
     logprobs = top_ids = top_logprobs = None
     if features.logprobs:
-      logprobs, top_ids, top_logprobs = sampling.token_logprobs(logits, drawn,
-                                                                features.num_top_logprobs)
+      logprobs, top_ids, top_logprobs = sampling.token_logprobs(
+          logits, drawn, features.num_top_logprobs, module.split)
 
   target = jnp.where(draws, inputs.slots, max_slots)
   put = lambda old, new: old.at[target].set(new, mode="drop")
@@ -208,5 +218,5 @@ def _advance(module, features, params, stop_transitions, state, inputs, schedule
       kv=kv, last_tokens=put(state.last_tokens, drawn), done=put(state.done, finish > 0),
       stop_states=state.stop_states if stop_states is None else put(state.stop_states, stop_states),
       penalties=state.penalties if state.penalties is None else sampling.count(
-          state.penalties, jnp.where(draws, inputs.slots, -1), drawn))
+          state.penalties, jnp.where(draws, inputs.slots, -1), drawn, module.split))
   return hidden, StepOutputs(drawn, finish, logprobs, top_ids, top_logprobs), state

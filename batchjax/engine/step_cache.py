@@ -5,6 +5,7 @@ are code: whoever can write to the folder can run programs as its user.
 """
 
 import collections
+from collections.abc import Sequence
 import contextlib
 import functools
 import hashlib
@@ -142,14 +143,14 @@ class StepFolder:
             for path in self._directory.glob(f"*{_SUFFIX}"))
     return [key for key in keys if key is not None]
 
-  def get(self, key: StepKey, device: jax.Device) -> CompiledStep | None:
-    """Loads an entry; None, and a line in the log, where it cannot be used."""
+  def get(self, key: StepKey, devices: Sequence[jax.Device]) -> CompiledStep | None:
+    """Loads an entry for these devices; None, and a line in the log, where it cannot be used."""
     path = self._path(key)
     try:
       content = path.read_bytes()
     except FileNotFoundError:
       return None
-    if device.platform == "gpu":  # registers what Mosaic's compiled kernels call
+    if devices[0].platform == "gpu":  # registers what Mosaic's compiled kernels call
       importlib.import_module("jax.experimental.mosaic.gpu")
     try:
       header_text, _, payload = content.partition(b"\n")
@@ -157,7 +158,7 @@ class StepFolder:
       if header["key"] != str(key) or header["sha256"] != hashlib.sha256(payload).hexdigest():
         raise ValueError("its content is not what was written")
       executable = serialize_executable.deserialize_and_load(
-          *pickle.loads(payload), backend=device.client, execution_devices=[device])
+          *pickle.loads(payload), backend=devices[0].client, execution_devices=devices)
       with contextlib.suppress(OSError):  # a folder that may only be read serves as well
         os.utime(path)
       return CompiledStep(executable, header["argument_bytes"], header["temp_bytes"])

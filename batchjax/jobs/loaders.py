@@ -9,7 +9,7 @@ from absl import logging
 import jax
 
 from batchjax import weights
-from batchjax.config import ConfigError, ModelConfig, ModelSource
+from batchjax.config import ConfigError, MeshConfig, ModelConfig, ModelSource
 from batchjax.models import Transformer
 from batchjax.plan.memory import DEVICE_SHARE
 from batchjax.text.tokenizer import load_tokenizer, Tokenizer
@@ -37,7 +37,7 @@ class Loaders:
 
   config: Callable[[ModelSource], ModelConfig] = weights.load_config
   tokenizer: Callable[[ModelSource], Tokenizer] = read_tokenizer
-  model: Callable[[ModelSource], weights.Model] = weights.load_model
+  model: Callable[[ModelSource, MeshConfig], weights.Model] = weights.load_model
   module_class: Callable[..., Any] = Transformer
 
   def read(self, source: ModelSource) -> tuple[ModelConfig, Tokenizer]:
@@ -54,9 +54,10 @@ class Loaders:
     logging.info("end tokens: %s", ", ".join(shown) or "none, samples end by length or stop string")
     return dataclasses.replace(config, eos_token_ids=token_ids), tokenizer
 
-  def load(self, source: ModelSource, config: ModelConfig) -> weights.Model:
-    """The model, with the end tokens of `config`, which `read` returned."""
-    model = self.model(source)
+  def load(self, source: ModelSource, config: ModelConfig,
+           mesh: MeshConfig = MeshConfig()) -> weights.Model:
+    """The model on its devices, with the end tokens of `config`, which `read` returned."""
+    model = self.model(source, mesh)
     return dataclasses.replace(model, config=dataclasses.replace(
         model.config, eos_token_ids=config.eos_token_ids))
 

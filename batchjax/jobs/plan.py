@@ -7,7 +7,7 @@ import textwrap
 import time
 from typing import Any
 
-from batchjax.config import JobConfig, ModelSource
+from batchjax.config import ConfigError, JobConfig, ModelSource
 from batchjax.io.store import RequestReader
 from batchjax.jobs.prepare import prepare
 from batchjax.jobs.run import Loaders
@@ -34,7 +34,13 @@ def plan_file(config: JobConfig, input_path: str, directory: pathlib.Path, chip:
     loaders: how configuration and tokenizer are loaded.
     limit: only the first so many rows; None plans all.
     scores: rows are scored.
+
+  Raises:
+    ConfigError: the mesh is that of whatever machine runs the job, or does not divide the model.
   """
+  if not config.engine.mesh.tensor:
+    raise ConfigError("engine.mesh.tensor=0 takes all devices of the machine that runs the job, and "
+                      "a plan is made without one: name their number")
   start = time.perf_counter()
   model, tokenizer = loaders.read(config.model)
   prepared = prepare(input_path, directory / "requests.arrow", config, model, tokenizer, limit, scores)
@@ -64,7 +70,7 @@ def plan_file(config: JobConfig, input_path: str, directory: pathlib.Path, chip:
       "shared_nodes": sum(w["shared_nodes"] for w in windows),
       "first_window": windows[0] if windows else None, "predicted": predicted,
       "memory": dataclasses.asdict(estimate) | {"total_bytes": estimate.total_bytes},
-      "chip": chip.name,
+      "chip": chip.name, "num_devices": engine.mesh.tensor,
       "read_secs": round(prepared_secs, 2),
       "plan_secs": round(time.perf_counter() - start - prepared_secs, 2),
       "peak_host_bytes": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024,
@@ -102,7 +108,8 @@ def to_text(plan: dict[str, Any]) -> str:
       ("sharing", f"{plan['shared_nodes']:,} shared prefix{'' if plan['shared_nodes'] == 1 else 'es'}, "
                   f"requests planned in {plan['windows']} window{'' if plan['windows'] == 1 else 's'}"),
       ("memory", f"{gib('weight_bytes')} weights, {gib('kv_bytes')} KV, "
-                 f"{gib('logits_bytes')} logits, {gib('activation_bytes')} activations"),
+                 f"{gib('logits_bytes')} logits, {gib('activation_bytes')} activations"
+                 + (f", on each of {plan['num_devices']} devices" if plan["num_devices"] > 1 else "")),
   ]
   if plan["first_window"]:
     lines += _prediction(plan)
@@ -126,7 +133,7 @@ def _prediction(plan: dict[str, Any]) -> list[tuple[str, str]]:
                 f"({first['predicted_ladder_secs']:,} s for shapes that like jobs share), at most "
                 f"{first['predicted_peak_pages']:,} of {first['num_pages']:,} KV pages{scope}"),
       ("predicted", f"{secs['total_secs']:,.1f} s in all: {secs['step_secs']:,.1f} s at least in steps "
-                    f"on {plan['chip']}{'' if windows == 1 else ', if windows are like the first'}, "
+                    f"on {plan['num_devices']} x {plan['chip']}{'' if windows == 1 else ', if windows are like the first'}, "
                     f"{secs['compile_secs']:,.1f} s compiling {len(first['buckets'])} shapes (none "
                     "where an earlier job has left them), "
                     f"{secs['load_secs']:,.1f} s loading {plan['memory']['weight_bytes'] / 1e9:,.2f} GB "

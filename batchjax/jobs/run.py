@@ -31,6 +31,7 @@ from batchjax.jobs.recorder import LOADING, READING, Recorder
 from batchjax.jobs.signals import Stop, stop_on_signal
 from batchjax.plan import planner
 from batchjax.plan.memory import num_kv_pages, settle
+from batchjax.sharding import resolve
 from batchjax.text.stop import build_stop_table
 from batchjax.text.tokenizer import Tokenizer
 from batchjax.types import Completion, Request, StopTable
@@ -84,8 +85,9 @@ def run(config: JobConfig, input_path: str, output_path: str, *, error_path: str
         asked, None if overwrite else job_lib.read_pins(directory)))
     model_config, tokenizer = loaders.read(config.model)
     device = configure_jax()
+    engine = dataclasses.replace(config.engine, mesh=resolve(config.engine.mesh))
     config = dataclasses.replace(config, engine=settle(
-        model_config, config.engine, chip_of(device), memory_limit(device)))
+        model_config, engine, chip_of(device), memory_limit(device)))
     job_identity = identity(config, input_path, limit) | ({"task": "score"} if scores else {})
     with job_lib.open_job(directory, job_identity, overwrite=overwrite,
                           pins=hub.pins(asked, config.model)) as job:
@@ -170,11 +172,11 @@ def _complete(job: job_lib.Job, requests: RequestReader, left: np.ndarray,
   stop_table = _stop_table(requests, model_config, tokenizer, config.limits.max_stop_table_bytes)
   device = jax.devices()[0]
   progress.phase(LOADING)
-  model = loaders.load(config.model, model_config)
+  model = loaders.load(config.model, model_config, engine.mesh)
   features = SamplingFeatures.of((r.sampling_params for r in requests),
                                  model.config.eos_token_ids)
   run_record = report.RunRecord(
-      time=time.time() - progress.secs, device_kind=device.device_kind, num_devices=1,
+      time=time.time() - progress.secs, device_kind=device.device_kind, num_devices=engine.mesh.tensor,
       model=config.model.name or hub.title(config.model.path) or config.model.shape,
       jax_version=jax.__version__, num_requests=len(left) + len(errors),
       num_prompt_tokens=int(requests.prompt_lens[left].sum()),

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, Int
 
 from batchjax.config import ModelConfig, RopeScaling
 from batchjax.ops import attention as attention_op
+from batchjax.sharding import Split
 
 
 def _dense_init(in_axis, out_axis):
@@ -86,10 +87,12 @@ class Attention(nn.Module):
   Attributes:
     config: the model's.
     kind: "global", or "local" for a sliding window.
+    split: the devices that share the heads.
   """
 
   config: ModelConfig
   kind: str
+  split: Split = Split()
 
   @nn.compact
   def __call__(self, x: Float[Array, "T D"], rope: tuple[Array, Array],
@@ -125,13 +128,14 @@ class Attention(nn.Module):
         _dense_init((0, 1, 2), 3), (*head_axes, "embed")), out_shape, c.dtype)
     # Flattened by hand: an einsum over k, g and h orders them anew and transposes the weight.
     num_tokens = x.shape[0]
-    return o.reshape(num_tokens, -1) @ w.reshape(-1, c.hidden_size), kv_pages
+    return self.split.sum(o.reshape(num_tokens, -1) @ w.reshape(-1, c.hidden_size)), kv_pages
 
 
 class FeedForward(nn.Module):
   """Gated feed-forward: down(act(gate x) * up x) (Shazeer, 2020, section 2)."""
 
   config: ModelConfig
+  split: Split = Split()
 
   @nn.compact
   def __call__(self, x: Float[Array, "T D"]) -> Float[Array, "T D"]:
@@ -142,7 +146,7 @@ class FeedForward(nn.Module):
         _dense_init(0, 1), ("ffn", "embed")), (c.ffn_size, c.hidden_size), c.dtype)
     gate, up = jnp.split(x @ gate_up, 2, axis=1)
     act = jax.nn.silu if c.activation == "silu" else jax.nn.gelu  # gelu: the tanh form
-    return (act(gate) * up) @ down
+    return self.split.sum((act(gate) * up) @ down)
 
 
 class VocabTable(nn.Module):
@@ -150,6 +154,7 @@ class VocabTable(nn.Module):
 
   config: ModelConfig
   param_name: str
+  split: Split = Split()
 
   def setup(self):
     c = self.config
@@ -157,8 +162,12 @@ class VocabTable(nn.Module):
         _dense_init(1, 0), ("vocab", "embed")), (c.vocab_size, c.hidden_size), c.dtype)
 
   def lookup(self, tokens: Int[Array, "T"]) -> Float[Array, "T D"]:
-    """Rows of the table; padding (-1) reads row 0."""
-    return jnp.take(self.table, tokens, axis=0, mode="clip")
+    """Rows of the table; padding (-1) reads row 0, or zeros where the table is split."""
+    if self.split.num_devices == 1:
+      return jnp.take(self.table, tokens, axis=0, mode="clip")
+    # One device has the row, the others add zeros.
+    return self.split.sum(jnp.take(self.table, self.split.places(tokens), axis=0, mode="fill",
+                                   fill_value=0))
 
   def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
     """Dot products with every row, in float32."""

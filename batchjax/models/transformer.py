@@ -14,6 +14,7 @@ from batchjax.config import ModelConfig
 from batchjax.models import layers
 from batchjax.ops import attention as attention_op
 from batchjax.ops.causal import WholeRows
+from batchjax.sharding import Split
 from batchjax.types import Segments, StepInputs
 
 
@@ -32,15 +33,16 @@ class Block(nn.Module):
 
   config: ModelConfig
   kind: str
+  split: Split = Split()
 
   @nn.compact
   def __call__(self, x, rope, kv_pages, write_slots, schedule):
     c = self.config
     norm = lambda name: layers.RMSNorm(c.norm_eps, c.norm_plus_one, c.dtype, name=name)
-    y, kv_pages = layers.Attention(c, self.kind, name="attn")(
+    y, kv_pages = layers.Attention(c, self.kind, self.split, name="attn")(
         norm("attn_norm")(x), rope, kv_pages, write_slots, schedule)
     x = x + (norm("post_attn_norm")(y) if c.post_norms else y)
-    y = layers.FeedForward(c, name="ffn")(norm("ffn_norm")(x))
+    y = layers.FeedForward(c, self.split, name="ffn")(norm("ffn_norm")(x))
     return x + (norm("post_ffn_norm")(y) if c.post_norms else y), kv_pages
 
 
@@ -64,6 +66,7 @@ class Transformer(nn.Module):
     page_size: tokens of a KV page.
     attention: implementation of the attention op; None picks by device.
     max_levels: most shared nodes above a row's own KV.
+    split: the devices that share the model; `config` is then of one device's share.
 
   >>> module = batchjax.Transformer(model.config, page_size=16)
   >>> hidden = module.apply(model.params, jnp.array([[7, 8, 9]]), method="whole")[-1]
@@ -75,13 +78,14 @@ class Transformer(nn.Module):
   page_size: int
   attention: str | None = None
   max_levels: int = 4
+  split: Split = Split()
 
   def setup(self):
     c = self.config
-    self.embed = layers.VocabTable(c, "embedding")
-    self.layers = [Block(c, kind) for kind in c.layer_kinds]
+    self.embed = layers.VocabTable(c, "embedding", self.split)
+    self.layers = [Block(c, kind, self.split) for kind in c.layer_kinds]
     self.final_norm = layers.RMSNorm(c.norm_eps, c.norm_plus_one, c.dtype)
-    self.lm_head = self.embed if c.tie_embeddings else layers.VocabTable(c, "kernel")
+    self.lm_head = self.embed if c.tie_embeddings else layers.VocabTable(c, "kernel", self.split)
 
   def make_schedule(self, inputs: StepInputs) -> attention_op.Schedule:
     """The work list of attention for a step, or for all steps of a decode loop."""
@@ -131,18 +135,19 @@ class Transformer(nn.Module):
     for layer, kind, pool in zip(self.layers, c.layer_kinds, pools, strict=True):
       arguments = x, ropes[kind], pool, write_slots, schedule
       x, pool = (layer(*arguments) if self.is_initializing()
-                 else apply_block(Block(c, kind, parent=None), layer.variables, *arguments))
+                 else apply_block(Block(c, kind, self.split, parent=None), layer.variables,
+                                  *arguments))
       hidden.append(x)
       new_pools.append(pool)
     return [*hidden[:-1], self.final_norm(x)], tuple(new_pools)
 
   @_float32_products
   def logits(self, hidden: Float[Array, "... D"]) -> Float[Array, "... V"]:
-    """Float32 logits over the vocabulary, the final soft cap included."""
+    """Float32 logits over the vocabulary, or this device's part of it; soft cap included."""
     with jax.named_scope("logits"):
       logits = self.lm_head.logits(hidden)
       cap = self.config.final_soft_cap
-      return logits if cap is None else cap * jnp.tanh(logits / cap)
+      return self.split.mask_padding(logits if cap is None else cap * jnp.tanh(logits / cap))
 
 
 def init_params(config: ModelConfig, key: jax.Array) -> dict[str, Any]:

@@ -27,7 +27,7 @@ _SLACK = 0.02
 
 @dataclasses.dataclass(frozen=True)
 class MemoryEstimate:
-  """Device memory of a running job, in bytes over all devices.
+  """Memory that a running job takes of each device, in bytes.
 
   Attributes:
     weight_bytes: parameters, norms left out.
@@ -49,6 +49,8 @@ class MemoryEstimate:
 
 def estimate_memory(model: ModelConfig, engine: EngineConfig) -> MemoryEstimate:
   """An estimate before anything is compiled; the compiler's own figure is exact."""
+  page_bytes, num_pages = _page_bytes(model, engine), num_kv_pages(model, engine)
+  model = model.of_device(engine.mesh.tensor)
   itemsize = 4 if model.dtype == "float32" else 2
   attention = (model.num_heads + 2 * model.num_kv_heads) * model.head_dim
   # Residual stream and its norm, beside the wider of attention (q, k, v, out) and feed-forward.
@@ -56,14 +58,15 @@ def estimate_memory(model: ModelConfig, engine: EngineConfig) -> MemoryEstimate:
                                        3 * model.ffn_size)
   return MemoryEstimate(
       weight_bytes=model.num_params * itemsize,
-      kv_bytes=num_kv_pages(model, engine) * _page_bytes(model, engine),
+      kv_bytes=num_pages * page_bytes,
       logits_bytes=_LOGITS_COPIES * engine.max_rows * model.vocab_size * 4,
       activation_bytes=engine.max_step_tokens * widest * itemsize,
   )
 
 
 def _page_bytes(model: ModelConfig, engine: EngineConfig) -> int:
-  return engine.page_size * model.kv_bytes_per_token(engine.kv_lanes)
+  """Of a page, on each device."""
+  return engine.page_size * model.of_device(engine.mesh.tensor).kv_bytes_per_token(engine.kv_lanes)
 
 
 def settle(model: ModelConfig, engine: EngineConfig, chip: Chip,
@@ -77,8 +80,9 @@ def settle(model: ModelConfig, engine: EngineConfig, chip: Chip,
     device_bytes: memory that JAX may take on the device; None where the device does not say.
 
   Raises:
-    ConfigError: weights and steps leave no memory.
+    ConfigError: weights and steps leave no memory, or the model does not divide over the mesh.
   """
+  model.of_device(engine.mesh.tensor)
   engine = dataclasses.replace(engine, kv_lanes=max(engine.kv_lanes, chip.lanes))
   if engine.num_pages or engine.kv_memory_bytes or device_bytes is None:
     return engine

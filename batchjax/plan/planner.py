@@ -137,6 +137,7 @@ def make_plan(model: ModelConfig, requests: Sequence[Request], engine: EngineCon
     tree = grouping.no_sharing(prompt_lens, samples)
   tree = order.order_nodes(tree, decode_lens)
   num_pages = memory.num_kv_pages(model, engine)
+  model = model.of_device(engine.mesh.tensor)  # each computes its share of a step
   plan = Plan(tree=tree, buckets=buckets or (), num_pages=num_pages,
               totals=plan_totals(full_tree, tree, samples, decode_lens), prediction=None,
               rejected=memory.check_fits(tree, max_tokens, num_pages, engine.page_size))

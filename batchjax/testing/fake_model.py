@@ -15,6 +15,7 @@ import numpy as np
 
 from batchjax.cache.kv_state import KVState
 from batchjax.config import ModelConfig
+from batchjax.sharding import Split
 from batchjax.types import Segments, StepInputs
 
 _MIX = np.uint32(0x9E3779B1)
@@ -22,9 +23,9 @@ _MIX = np.uint32(0x9E3779B1)
 
 def fake_config(vocab_size: int = 97, max_len: int = 4096,
                 eos: tuple[int, ...] = ()) -> ModelConfig:
-  """The shape of the fake model: one layer, one head."""
+  """The shape of the fake model: one layer, one KV head; query heads are there to be divided."""
   return ModelConfig(family="fake", vocab_size=vocab_size, hidden_size=1, ffn_size=1, num_layers=1,
-                     num_heads=1, num_kv_heads=1, head_dim=1, max_len=max_len, eos_token_ids=eos)
+                     num_heads=8, num_kv_heads=1, head_dim=1, max_len=max_len, eos_token_ids=eos)
 
 
 def mix(token: Any, position: Any) -> Any:
@@ -41,7 +42,7 @@ class FakeModel:
   """`module.apply` of a transformer, without parameters.
 
   Attributes:
-    config, page_size, attention, max_levels: as of `models.Transformer`.
+    config, page_size, attention, max_levels, split: as of `models.Transformer`.
     nan_every: one logit is NaN after one in so many prefixes; 0 after none.
   """
 
@@ -49,6 +50,7 @@ class FakeModel:
   page_size: int
   attention: str | None = None
   max_levels: int = 4
+  split: Split = Split()
   nan_every: int = 0
 
   def apply(self, params: Any, *args, method: str = "__call__"):
@@ -87,12 +89,13 @@ class FakeModel:
 
   def _logits(self, hidden: jax.Array) -> jax.Array:
     """Logits that differ for every token, so that sampling has something to choose from."""
-    token = jnp.arange(self.config.vocab_size)
+    token = self.split.token_ids(jnp.arange(self.config.vocab_size))
     logits = (mix(token, hidden) % np.uint32(1000)).astype(jnp.float32) / 100
-    if not self.nan_every:
-      return logits
-    return jnp.where((hidden % np.uint32(self.nan_every) == 0) & (token == hidden % token.size),
-                     jnp.nan, logits)
+    if self.nan_every:
+      vocab_size = self.split.vocab_size or token.size
+      logits = jnp.where((hidden % np.uint32(self.nan_every) == 0) & (token == hidden % vocab_size),
+                         jnp.nan, logits)
+    return self.split.mask_padding(logits)
 
 
 def fake_logits(prefix: np.ndarray, vocab_size: int, nan_every: int = 0) -> np.ndarray:

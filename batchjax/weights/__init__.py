@@ -8,13 +8,14 @@ from typing import Any
 import jax
 
 from batchjax import hub, models
-from batchjax.config import ConfigError, ModelConfig, ModelSource
+from batchjax.config import ConfigError, MeshConfig, ModelConfig, ModelSource
+from batchjax.sharding import make_mesh
 from batchjax.weights import hf, orbax
 from batchjax.weights.fuse import fuse, unfuse
 from batchjax.weights.gguf import GgufFile
 from batchjax.weights.random import random_params
 from batchjax.weights.stored import WeightError
-from batchjax.weights.tree import ShardingFn, default_device, param_shapes
+from batchjax.weights.tree import param_shapes
 
 __all__ = ("Model", "WeightError", "load_config", "load_hf_config", "load_model", "param_shapes",
            "save_hf", "save_orbax", "source_format", "stored_dtype")
@@ -27,7 +28,8 @@ class Model:
 
   Attributes:
     config: its shapes, family and dtype.
-    params: `{"params": nested dict of jax.Array}`, what `module.apply` takes.
+    params: `{"params": nested dict of jax.Array}`, what `module.apply` takes; on a mesh laid out as
+      `weights.layout.Layout` says.
 
   >>> halved = jax.tree.map(lambda p: p / 2, model)
   >>> type(halved).__name__, halved.config == model.config
@@ -110,18 +112,18 @@ def stored_dtype(source: ModelSource) -> str:
   return "float32"
 
 
-def load_model(source: ModelSource, sharding_fn: ShardingFn = default_device) -> Model:
+def load_model(source: ModelSource, mesh: MeshConfig = MeshConfig()) -> Model:
   """Loads the parameters onto their devices, in `source.dtype`.
 
-  Host memory holds one parameter at a time, besides what the devices hold.
+  Host memory holds one parameter at a time, and one device's share of it, besides what the devices
+  hold.
 
   Args:
     source: where the model comes from.
-    sharding_fn: parameter path ("layers_0/attn/qkv") to its sharding; None
-      leaves it on the default device.
+    mesh: the devices that share it, `EngineConfig.mesh` of what will run it.
 
   Raises:
-    ConfigError: as `load_config`.
+    ConfigError: as `load_config`; or the devices are fewer, or the model does not divide among them.
     WeightError: a tensor is missing, superfluous, of the wrong shape, not where the index says,
       or out of range.
 
@@ -129,20 +131,20 @@ def load_model(source: ModelSource, sharding_fn: ShardingFn = default_device) ->
   >>> model.params["params"]["embed"]["embedding"].shape
   (256, 32)
   """
-  path = hub.local_path(source.path)
+  path, devices = hub.local_path(source.path), make_mesh(mesh)
   if source_format(source) == "gguf":
     file = GgufFile(path)  # parsed once: its vocabulary takes seconds
     config = dataclasses.replace(_config_of(source, file.hf_config()), dtype=source.dtype)
     targets = models.name_map(config)
-    return Model(config, fuse(config, targets, file.tensors(targets), sharding_fn))
+    return Model(config, fuse(config, targets, file.tensors(targets), devices))
   config = load_config(source)
   match source_format(source):
     case "random":
-      params = random_params(config, source.seed, sharding_fn)
+      params = random_params(config, source.seed, devices)
     case "orbax":
-      params = orbax.restore(path, config, sharding_fn)
+      params = orbax.restore(path, config, devices)
     case _:
-      params = fuse(config, models.name_map(config), hf.open_tensors(path), sharding_fn)
+      params = fuse(config, models.name_map(config), hf.open_tensors(path), devices)
   return Model(config, params)
 
 

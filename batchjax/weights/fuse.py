@@ -9,10 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from batchjax.config import ModelConfig
+from batchjax.config import MeshConfig, ModelConfig
 from batchjax.models.names import Target
 from batchjax.weights.stored import StoredTensors, WeightError
-from batchjax.weights.tree import ShardingFn, default_device, flatten, nest, param_shapes
+from batchjax.weights.layout import check_placed, Layout
+from batchjax.weights.tree import flatten, nest, param_shapes
 
 # Buffers that old checkpoints carry and that are computed from the configuration.
 _IGNORED_SUFFIXES = (".rotary_emb.inv_freq",)
@@ -23,10 +24,10 @@ _STRIP = 16
 
 
 def fuse(config: ModelConfig, targets: Mapping[str, Target], tensors: StoredTensors,
-         sharding_fn: ShardingFn = default_device) -> dict[str, Any]:
-  """Reads tensor by tensor; each parameter goes to its device as soon as it is complete.
+         mesh: jax.sharding.Mesh | None = None) -> dict[str, Any]:
+  """Reads tensor by tensor; each parameter goes to its devices as soon as it is complete.
 
-  Host memory holds one parameter at a time, besides what the devices hold.
+  Host memory holds one parameter and one device's share of it, besides what the devices hold.
 
   Raises:
     WeightError: a tensor is missing, superfluous, of the wrong shape, or does
@@ -36,19 +37,23 @@ def fuse(config: ModelConfig, targets: Mapping[str, Target], tensors: StoredTens
   names_of = collections.defaultdict(list)
   for name, target in targets.items():
     names_of["/".join(target.path)].append(name)
-  params = {}
+  params, layout = {}, Layout(config, mesh)
   for path, shape in param_shapes(config).items():
     buffer = np.empty(shape, jnp.dtype(config.dtype))
     for name in names_of[path]:
       _fill(buffer, targets[name], tensors, name)
-    # Wait, else transfers pile up their buffers.
-    params[path] = jax.block_until_ready(jax.device_put(buffer, sharding_fn(path)))
+    params[path] = layout.put(path, buffer)  # waits, else transfers would pile up their buffers
   return nest(params)
 
 
 def unfuse(targets: Mapping[str, Target], params: Mapping[str, Any],
            ) -> Iterator[tuple[str, np.ndarray]]:
-  """The inverse of `fuse`: names and tensors, fetched from the device one at a time."""
+  """The inverse of `fuse` on one device: names and tensors, fetched from it one at a time.
+
+  Raises:
+    ConfigError: the parameters lie on several.
+  """
+  check_placed(params, MeshConfig(), "to save it, load it on one device")
   by_path = flatten(params)
   path, buffer = "", None
   for name, target in sorted(targets.items(), key=lambda item: item[1].path):

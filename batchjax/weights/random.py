@@ -1,4 +1,4 @@
-"""Random parameters of a known shape, made on the device."""
+"""Random parameters of a known shape, made on their devices."""
 
 import zlib
 from typing import Any
@@ -7,24 +7,29 @@ import jax
 import jax.numpy as jnp
 
 from batchjax.config import ModelConfig
-from batchjax.weights.tree import ShardingFn, default_device, nest, param_shapes
+from batchjax.weights.layout import Layout
+from batchjax.weights.tree import in_first_layer, nest, param_shapes
 
 
-def random_params(config: ModelConfig, seed: int, sharding_fn: ShardingFn = default_device,
-                  ) -> dict[str, Any]:
-  """Parameters drawn from (seed, parameter path) alone, held in `config.dtype`.
+def random_params(config: ModelConfig, seed: int,
+                  mesh: jax.sharding.Mesh | None = None) -> dict[str, Any]:
+  """Parameters drawn from (seed, parameter path) alone, in `config.dtype`, laid out for `mesh`.
 
   Matrices keep the variance of their input, those that write to the residual
   stream divide it by twice the number of layers (Radford et al. 2019, section
   2.3), norms start as the identity and embeddings give activations near 1.
   """
-  params = {}
+  params, layout = {}, Layout(config, mesh)
   for path, shape in param_shapes(config).items():
     mean, std = _moments(config, path)
     key = jax.random.fold_in(jax.random.key(seed), zlib.crc32(path.encode()))
     # Parameters of one shape and sharding share a program: jit knows it by `_draw`.
-    draw_fn = jax.jit(_draw, static_argnames=("shape", "dtype"), out_shardings=sharding_fn(path))
-    params[path] = draw_fn(key, mean, std, shape=shape, dtype=config.dtype)
+    # So they do on a mesh, by the path in the first layer.
+    draw_fn = jax.jit(_draw, static_argnames=("shape", "dtype", "layout", "path"),
+                      out_shardings=layout.sharding(path))
+    params[path] = draw_fn(key, mean, std, shape=shape, dtype=config.dtype,
+                           layout=None if mesh is None else layout,
+                           path="" if mesh is None else in_first_layer(path))
   return nest(params)
 
 
@@ -48,5 +53,8 @@ def _moments(config: ModelConfig, path: str) -> tuple[float, float]:
 
 
 def _draw(key: jax.Array, mean: jax.typing.ArrayLike, std: jax.typing.ArrayLike,
-          shape: tuple[int, ...], dtype: str) -> jax.Array:
-  return (mean + std * jax.random.normal(key, shape)).astype(jnp.dtype(dtype))
+          shape: tuple[int, ...], dtype: str, layout: Layout | None, path: str) -> jax.Array:
+  def draw(key, mean, std):
+    return (mean + std * jax.random.normal(key, shape)).astype(jnp.dtype(dtype))
+
+  return draw(key, mean, std) if layout is None else layout.keep(path, draw, key, mean, std)

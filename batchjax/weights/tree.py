@@ -1,15 +1,12 @@
 """The parameter tree of the transformer, by path; every loader fills this one."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
+import re
 from typing import Any
 
 import jax
 
 from batchjax.config import ModelConfig
-
-# Parameter path -> where it lies; None leaves it on the default device.
-ShardingFn = Callable[[str], jax.sharding.Sharding | None]
-
 
 def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
   """Path, "/" between modules, and shape of every parameter, in the order of a forward pass."""
@@ -36,6 +33,11 @@ def param_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
   return shapes
 
 
+def in_first_layer(path: str) -> str:
+  """The path of the same parameter in the first layer, or of one that lies in no layer."""
+  return re.sub(r"^layers_\d+/", "layers_0/", path)
+
+
 def nest(by_path: Mapping[str, Any]) -> dict[str, Any]:
   """Values by path as the nested dict under "params" that `module.apply` takes."""
   tree: dict[str, Any] = {}
@@ -52,8 +54,3 @@ def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
   """The inverse of `nest`."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(params["params"])
   return {"/".join(key.key for key in keys): leaf for keys, leaf in leaves}
-
-
-def default_device(path: str) -> None:
-  """Places every parameter on the default device."""
-  del path

@@ -57,7 +57,7 @@ def config(cache_dir: str = "", **engine) -> JobConfig:
 def fake_loaders(tokenizer=FakeTokenizer, model_fn=None) -> Loaders:
   """Loads the fake model, whose end token is 0."""
   return Loaders(config=lambda source: _SHAPE, tokenizer=lambda source: tokenizer(),
-                        model=model_fn or (lambda source: Model(_SHAPE, {})),
+                        model=model_fn or (lambda source, mesh: Model(_SHAPE, {})),
                         module_class=FakeModel)
 
 
@@ -99,7 +99,7 @@ def run_slowly(directory: str, cache_dir: str, scores: bool, phases) -> None:
       enter("finishing")
     time.sleep(0.1)
 
-  def load_model(source):
+  def load_model(source, mesh):
     enter("compiling")
     return Model(_SHAPE, {})
 

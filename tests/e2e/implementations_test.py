@@ -11,9 +11,10 @@ from jax.experimental.pallas import tpu as pltpu
 import numpy as np
 import pytest
 
-from batchjax.config import EngineConfig, ModelSource
+from batchjax.config import EngineConfig, MeshConfig, ModelSource
 from batchjax.generation import generate
 from batchjax.models import SHAPES
+from batchjax.testing.on_mesh import on_mesh
 from batchjax.text.tokenizer import load_tokenizer
 from batchjax.types import Request, SamplingParams
 from batchjax.weights import load_model, Model
@@ -67,10 +68,12 @@ def no_transfer_guard(monkeypatch):
   jax.clear_caches()  # traces hold what a test has put in the place of a kernel
 
 
-def complete(dtype: str, attention: str, head_dim: int = 64, kv_lanes: int = 1) -> dict:
-  engine = dataclasses.replace(ENGINE, attention=attention, kv_lanes=kv_lanes)
+def complete(dtype: str, attention: str, head_dim: int = 64, kv_lanes: int = 1,
+             mesh: MeshConfig = MeshConfig()) -> dict:
+  engine = dataclasses.replace(ENGINE, attention=attention, kv_lanes=kv_lanes, mesh=mesh)
   jobs = requests(5) if dtype == "float32" else requests(3)[1:3]
-  return {c.request_id: c.choices[0] for c in generate(model(dtype, head_dim), jobs, engine)}
+  return {c.request_id: c.choices[0]
+          for c in generate(on_mesh(model(dtype, head_dim), mesh), jobs, engine)}
 
 
 @pytest.mark.parametrize("implementation", ["mosaic_tpu", "reference"])
@@ -81,6 +84,13 @@ def test_tpu_kernels_and_wide_pools_give_the_tokens_of_the_reference(implementat
   want = complete("float32", "reference", head_dim=80)
   assert len(want) == 4
   assert_equal(got, want)
+
+
+def test_tpu_kernels_on_a_mesh_give_the_tokens_of_the_reference_but_for_ties(monkeypatch):
+  monkeypatch.setattr(tpu, "_target_kind", lambda: "TPU v6 lite")
+  with pltpu.force_tpu_interpret_mode(pltpu.InterpretParams()):
+    got = complete("bfloat16", "mosaic_tpu", mesh=MeshConfig(2))
+  assert_equal_but_for_ties(got, complete("bfloat16", "reference"), _NEAR)
 
 
 def use_one_cta(monkeypatch):

@@ -1,5 +1,6 @@
 """What the compiled steps hold: the pool once, updated in place."""
 
+import dataclasses
 import functools
 import re
 
@@ -8,13 +9,15 @@ import numpy as np
 import pytest
 
 from batchjax.cache.kv_state import init_kv_state
-from batchjax.config import ConfigError, EngineConfig
+from batchjax.config import ConfigError, EngineConfig, MeshConfig
 from batchjax.engine import compile as compile_lib
 from batchjax.engine import startup
 from batchjax.engine.sampling_inputs import SamplingFeatures, SamplingTable
 from batchjax.models import SHAPES, Transformer
 from batchjax.plan.buckets import Bucket
 from batchjax.testing.fake_model import FakeModel, fake_config
+from batchjax.sharding import Split
+from batchjax.testing.on_mesh import on_mesh
 from batchjax.types import SamplingParams
 from batchjax.weights import Model
 from batchjax.weights.random import random_params
@@ -32,26 +35,30 @@ def tiny_model() -> Model:
   return Model(config, random_params(config, seed=0))
 
 
-def compiled(model, module_class, buckets, features=SamplingFeatures()):
-  state = compile_lib.make_state_fn(model.config, ENGINE, NUM_PAGES, MAX_ROWS, features)()
-  compiler = compile_lib.StepCompiler(
-      module_class(model.config, PAGE_SIZE), model.params, features, None, model.config, ENGINE,
-      jax.devices()[0])
+def compiled(model, module_class, buckets, features=SamplingFeatures(), mesh=MeshConfig()):
+  engine = dataclasses.replace(ENGINE, mesh=mesh)
+  state = compile_lib.make_state_fn(model.config, engine, NUM_PAGES, MAX_ROWS, features)()
+  module = module_class(model.config.of_device(mesh.tensor), PAGE_SIZE,
+                        split=Split.of(mesh, model.config))
+  compiler = compile_lib.StepCompiler(module, on_mesh(model, mesh).params, features, None,
+                                      model.config, engine, jax.devices()[0])
   return compiler.compile(state, buckets), state
 
 
+@pytest.mark.parametrize("size", [1, 4])
 @pytest.mark.parametrize("bucket", [MIXED, DECODE], ids=lambda bucket: bucket.kind)
-def test_the_pool_is_updated_in_place(bucket):
+def test_the_pool_is_updated_in_place(bucket, size):
   model = tiny_model()
-  steps, state = compiled(model, Transformer, [bucket])
+  steps, state = compiled(model, Transformer, [bucket], mesh=MeshConfig(size))
   executable = steps[bucket]
-  pool_bytes = sum(pages.nbytes for pages in state.kv.pages)
-  assert pool_bytes == NUM_PAGES * PAGE_SIZE * model.config.kv_bytes_per_token(1)
+  pool_bytes = sum(pages.nbytes for pages in state.kv.pages) // size  # of each device
+  assert pool_bytes == (NUM_PAGES * PAGE_SIZE
+                        * model.config.of_device(size).kv_bytes_per_token(1))
   memory = executable.memory_analysis()
   assert memory.alias_size_in_bytes >= pool_bytes
   assert memory.temp_size_in_bytes < pool_bytes // model.config.num_layers
   hlo = executable.as_text()
-  shape = ",".join(map(str, state.kv.pages[0].shape))
+  shape = ",".join(map(str, state.kv.pages[0].addressable_shards[0].data.shape))
   assert re.search(rf"f32\[{shape}\]", hlo), "the pattern below would find nothing"
   assert not re.search(rf"= f32\[{shape}\]\S* copy\(", hlo)
   num_aliases = len(re.findall(r"\((\d+), {}, (?:may|must)-alias\)", hlo))

@@ -1,6 +1,7 @@
 import dataclasses
 import functools
 import itertools
+import re
 
 import jax
 import jax.numpy as jnp
@@ -13,9 +14,11 @@ from scipy import stats
 from batchjax.engine import draw as draw_lib
 from batchjax.engine import pack as pack_lib
 from batchjax.engine import sampling
+from batchjax.config import MeshConfig
 from batchjax.engine.pack import pack_admissions
 from batchjax.engine.sampling_inputs import IN_PROMPT, MAX_COUNT, pack_sampling, SamplingFeatures
 from batchjax.plan.batch import Admission
+from batchjax.sharding import make_mesh, Split
 from batchjax.types import SamplingParams
 
 EOS = (1,)
@@ -205,6 +208,44 @@ def test_sums_are_independent_of_the_number_of_rows():
   np.testing.assert_allclose(together, np.where(weights >= 0.1, weights, 0).sum(1), rtol=1e-6)
 
 
+@pytest.mark.parametrize("num_devices", [3, 8])
+def test_draws_and_sums_are_independent_of_the_number_of_devices(num_devices):
+  """Bit for bit, each device having its places of the same logits and penalty counts."""
+  vocab_size, num_rows = 515, len(TRUNCATIONS) + 2
+  rng = np.random.default_rng(7)
+  logits = (np.round(rng.normal(size=(num_rows, vocab_size)) * 48) / 16).astype(np.float32)  # ties
+  logits[-1, 7] = np.nan
+  rows = [dataclasses.replace(p, seed=i, presence_penalty=i % 2, logit_bias=((i, 2.0), (500, -1.0)))
+          for i, p in enumerate([*TRUNCATIONS, SamplingParams(temperature=0.0), SamplingParams()])]
+  features = SamplingFeatures.of(rows, EOS)
+  inputs = pack_sampling(rows, [0] * num_rows, features, EOS, None, num_rows)
+  positions = jnp.arange(num_rows) + 100
+  prompt = jnp.asarray(rng.integers(-1, vocab_size, (num_rows, 6)))
+
+  def run(logits, split):
+    state = sampling.PenaltyState.create(num_rows, logits.shape[1], features)
+    state = jax.lax.fori_loop(0, num_rows, lambda i, state: sampling.admit(
+        state, i, prompt[i], prompt[i], split), state)
+    state = sampling.count(state, jnp.arange(num_rows), prompt[:, 0], split)
+    tokens, is_finite = sampling.sample(logits, inputs, positions, positions, features, state,
+                                        jnp.arange(num_rows), split)
+    return tokens, is_finite, *sampling.token_logprobs(logits, tokens, 20, split)
+
+  split, spec = Split(num_devices, vocab_size), jax.sharding.PartitionSpec
+  num_places = split.num_segments * -(-vocab_size // 48)
+  ids = np.concatenate([split.token_ids(np.arange(num_places), i) for i in range(num_devices)])
+  places = np.where(ids < vocab_size, logits[:, np.minimum(ids, vocab_size - 1)], -np.inf)
+  lowered = jax.jit(jax.shard_map(
+      functools.partial(run, split=split), mesh=make_mesh(MeshConfig(num_devices)),
+      in_specs=spec(None, "tensor"), out_specs=spec(), check_vma=False)).lower(places)
+  gathered = re.findall(r'stablehlo.all_gather".*-> tensor<\d+x(\d+)x', lowered.as_text())
+  assert 4 < len(gathered) and max(map(int, gathered)) < vocab_size / 2, "sums and candidates only"
+  got = lowered.compile()(places)
+  for mine, want in zip(got, jax.jit(functools.partial(run, split=Split()))(logits), strict=True):
+    np.testing.assert_array_equal(np.asarray(mine)[:-1], np.asarray(want)[:-1])
+  assert np.asarray(got[1]).tolist() == [True] * (num_rows - 1) + [False]
+
+
 def test_draws_depend_on_seed_sample_index_and_position():
   logits = np.zeros((512, 1000))
   base = draw(logits, SamplingParams(), positions=np.arange(512))
@@ -302,7 +343,7 @@ def test_telling_costs_no_pass_over_the_vocabulary():
     inputs = pack_sampling([params] * 8, [0] * 8, features, EOS, None, 8)
     text = run_sample.lower(shape, inputs, rows, rows, features).as_text()
     reductions = [line for line in text.splitlines() if "stablehlo.reduce(" in line
-                  and ("tensor<8x1000x" in line or "tensor<8x63xf32>" in line)]
+                  and ("tensor<8x1000x" in line or "tensor<8x96xf32>" in line)]
     assert sum("maximum" in line for line in reductions) == num_maxima
 
 

@@ -10,7 +10,7 @@ import jax
 import numpy as np
 import pytest
 
-from batchjax.config import ConfigError, EngineConfig
+from batchjax.config import ConfigError, EngineConfig, MeshConfig
 from batchjax.engine import step_cache
 from batchjax.engine.compile import CompileRecord
 from batchjax.engine.sampling_inputs import SamplingFeatures
@@ -21,6 +21,7 @@ from batchjax.types import Request, SamplingParams
 from batchjax.weights import Model
 
 MODEL = Model(fake_config(max_len=256), {})
+SIZES = dict(page_size=4, num_pages=300, max_rows=16, max_step_tokens=256)
 KEY = step_cache.StepKey("b" * 32, Bucket("mixed", 64, 8, 16, 100), 8, 100)
 
 
@@ -34,8 +35,7 @@ def forget():
 
 @pytest.fixture
 def engine(tmp_path):
-  return EngineConfig(page_size=4, num_pages=300, max_rows=16, max_step_tokens=256,
-                      compilation_cache_dir=str(tmp_path / "cache"))
+  return EngineConfig(compilation_cache_dir=str(tmp_path / "cache"), **SIZES)
 
 
 def requests(seed, num=12, max_tokens=6, **params):
@@ -84,7 +84,7 @@ def test_a_new_process_reads_what_another_left(engine):
 import jax, sys
 sys.path[:0] = {[os.path.dirname(__file__), *sys.path]!r}
 import step_cache_test as t
-engine = t.EngineConfig(**{dataclasses.asdict(engine)!r})
+engine = t.EngineConfig(compilation_cache_dir={engine.compilation_cache_dir!r}, **t.SIZES)
 tokens, records = t.run(engine)
 print([record.cached for record in records], sorted(tokens.items()))
 """
@@ -108,6 +108,19 @@ def test_a_step_from_disk_gives_the_same_and_updates_its_state_in_place(engine):
     assert aliases >= 300 * 4 * 2 * 4, "the pool is donated"
 
 
+def test_steps_on_a_mesh_are_kept_and_are_not_those_of_one_device(engine):
+  on_two = dataclasses.replace(engine, mesh=MeshConfig(2))
+  want, _ = run(engine)
+  tokens, records = run(on_two)
+  assert tokens == want and not any(record.cached for record in records)
+  step_cache.compiled_steps().clear()
+  again, read = run(on_two)
+  assert again == tokens and all(record.cached for record in read)
+  for key in step_cache.compiled_steps().keys():
+    aliases = step_cache.compiled_steps().get(key).executable.memory_analysis().alias_size_in_bytes
+    assert aliases >= 300 * 4 * 2 * 4, "the pool is donated"
+
+
 @pytest.mark.parametrize("damage", [
     lambda content: content[:len(content) // 2], lambda content: b"", lambda content: b"\n",
     lambda content: content[:-1] + bytes([content[-1] ^ 1]),
@@ -116,11 +129,11 @@ def test_a_step_from_disk_gives_the_same_and_updates_its_state_in_place(engine):
 def test_an_entry_that_is_damaged_is_none_and_a_line_in_the_log(tmp_path, damage, caplog):
   folder = step_cache.StepFolder(str(tmp_path), 1 << 40)
   folder.put(KEY, small_step())
-  assert folder.get(KEY, jax.devices()[0]).temp_bytes == 2
+  assert folder.get(KEY, jax.devices()[:1]).temp_bytes == 2
   path, = tmp_path.iterdir()
   path.write_bytes(damage(path.read_bytes()))
   with caplog.at_level(logging.WARNING):
-    assert folder.get(KEY, jax.devices()[0]) is None
+    assert folder.get(KEY, jax.devices()[:1]) is None
   assert [str(path) in record.getMessage() for record in caplog.records] == [True]
 
 
@@ -196,7 +209,7 @@ def test_entries_not_used_for_longest_go_when_there_are_too_many_bytes(tmp_path)
     folder.put(key, step)
     os.utime(tmp_path / f"{key}.step", (i, i))
   size = (tmp_path / f"{keys[0]}.step").stat().st_size
-  assert folder.get(keys[0], jax.devices()[0]) is not None, "and so was used last"
+  assert folder.get(keys[0], jax.devices()[:1]) is not None, "and so was used last"
   step_cache.StepFolder(str(tmp_path), int(2.5 * size)).put(keys[3], step)
   assert set(folder.keys()) == {keys[0], keys[3]}
 
@@ -214,7 +227,7 @@ def test_a_folder_that_cannot_be_written_costs_the_entry_alone(tmp_path, monkeyp
     folder.put(KEY._replace(num_slots=9), small_step())
   assert "is not kept" in caplog.text and "No space left" in caplog.text
   assert folder.keys() == [KEY] and os.listdir(tmp_path) == [f"{KEY}.step"]
-  assert folder.get(KEY, jax.devices()[0]) is not None
+  assert folder.get(KEY, jax.devices()[:1]) is not None
 
 
 def test_memory_keeps_the_latest():

@@ -5,7 +5,7 @@ import dataclasses
 import numpy as np
 import pytest
 
-from batchjax.config import EngineConfig
+from batchjax.config import EngineConfig, MeshConfig
 from batchjax.generation import StepEvent, generate
 from batchjax.plan import scheduler
 from batchjax.testing.fake_model import FakeModel, fake_config, fake_logits
@@ -79,7 +79,8 @@ def assert_equal(completions, requests, oracle):
     assert_same(completions[request.request_id], oracle[request.request_id])
 
 
-def test_every_kind_of_sampling_survives_preemption(oracle, monkeypatch):
+@pytest.mark.parametrize("mesh", [1, 8])
+def test_every_kind_of_sampling_survives_preemption(mesh, oracle, monkeypatch):
   class Optimist(scheduler.LengthPredictor):
     def predict(self, num_generated, max_tokens):
       return np.minimum(num_generated + 1, max_tokens)
@@ -87,7 +88,7 @@ def test_every_kind_of_sampling_survives_preemption(oracle, monkeypatch):
   monkeypatch.setattr(scheduler, "LengthPredictor", Optimist)
   order = np.random.default_rng(1).permutation(len(REQUESTS))
   completions, events = run([REQUESTS[i] for i in order],
-                            dataclasses.replace(ENGINE, num_pages=18))
+                            dataclasses.replace(ENGINE, num_pages=18, mesh=MeshConfig(mesh)))
   assert events[-1].batch.stats.num_preempted > 0
   assert {event.batch.kind for event in events} == {"mixed", "decode"}
   assert_equal(completions, REQUESTS, oracle)
@@ -97,6 +98,7 @@ def test_every_kind_of_sampling_survives_preemption(oracle, monkeypatch):
     dict(page_size=1, lookahead=0, max_step_tokens=9),
     dict(page_size=16, lookahead=3, max_decode_steps=7, max_rows=3, share_prefixes=False),
     dict(max_levels=1, max_rows=5, max_buckets=3, compile_secs=0.0, plan_window=7),
+    dict(mesh=MeshConfig(2), lookahead=1, max_rows=7),
 ], ids=str)
 def test_any_engine_gives_the_same_text(change, oracle):
   completions, _ = run(SIMPLE, dataclasses.replace(ENGINE, **change))

@@ -151,5 +151,5 @@ def run_script(argv, streams, signal_at):
     runpy.run_path(argv[0], run_name="__main__")
 
 
-def load_model(source):
+def load_model(source, mesh):
   return Model(SHAPE, {})

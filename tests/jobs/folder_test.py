@@ -51,7 +51,7 @@ def run_failing(folder, error, part, **kwargs):
   def fail(*args):
     raise error
 
-  model_fn = fail if part == "model" else lambda source: None
+  model_fn = fail if part == "model" else lambda source, mesh: None
   with mock.patch.object(RequestWriter, "append", fail if part == "store" else RequestWriter.append):
     fake_folder.run(folder, **kwargs, loaders=loaders.Loaders(
         lambda source: fake_folder.SHAPE, lambda source: FakeTokenizer(), model_fn))

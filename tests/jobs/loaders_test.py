@@ -26,7 +26,7 @@ class Tokenizer(FakeTokenizer):
 
 
 LOADERS = Loaders(lambda source: SHAPE, lambda source: Tokenizer(),
-                  lambda source: Model(SHAPE, {}), FakeModel)
+                  lambda source, mesh: Model(SHAPE, {}), FakeModel)
 
 
 @pytest.fixture

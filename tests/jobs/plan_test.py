@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from batchjax.config import EngineConfig, JobConfig, ModelSource
+from batchjax.config import ConfigError, EngineConfig, JobConfig, MeshConfig, ModelSource
 from batchjax.jobs.plan import plan_file, to_text
 from batchjax.jobs.run import Loaders
 from batchjax.plan.cost import CHIPS
@@ -84,7 +84,7 @@ def test_text_says_the_same(tmp_path):
   words = " ".join(text.split())
   secs = values["predicted"]
   assert f"predicted {secs['total_secs']:,.1f} s in all: " in words
-  assert f"s at least in steps on h100, {secs['compile_secs']:,.1f} s compiling" in words
+  assert f"s at least in steps on 1 x h100, {secs['compile_secs']:,.1f} s compiling" in words
   assert "GB of weights at 1.00 GB/s" in words
   assert max(len(line) for line in text.splitlines() if values["errors"][0] not in line) <= 80
 
@@ -98,6 +98,17 @@ def test_predicted_seconds_have_compiling_and_loading_in_them(tmp_path):
   assert secs["total_secs"] == pytest.approx(
       secs["step_secs"] + secs["compile_secs"] + secs["load_secs"], abs=0.02)
   assert "if windows are like the first" in " ".join(to_text(values).split())
+
+
+def test_a_plan_for_a_mesh_is_of_each_device(tmp_path):
+  one, four = plan(tmp_path), plan(tmp_path, mesh=MeshConfig(4))
+  assert four["num_devices"] == 4 and four["memory"]["weight_bytes"] < one["memory"]["weight_bytes"]
+  text = " ".join(to_text(four).split())
+  assert "activations, on each of 4 devices" in text and "in steps on 4 x h100" in text
+  with pytest.raises(ConfigError, match="engine.mesh.tensor=0 takes all devices .* name their number"):
+    plan(tmp_path, mesh=MeshConfig(0))
+  with pytest.raises(ConfigError, match="engine.mesh.tensor=3 does not divide the 8 query heads"):
+    plan(tmp_path, mesh=MeshConfig(3))
 
 
 def test_a_file_of_bad_rows_only(tmp_path):

@@ -11,7 +11,7 @@ import time
 import pytest
 
 from batchjax import report
-from batchjax.config import ConfigError, EngineConfig, JobConfig, ModelSource
+from batchjax.config import ConfigError, EngineConfig, JobConfig, MeshConfig, ModelSource
 from batchjax.jobs.identity import identity
 from batchjax.jobs.job import JobMismatch
 from batchjax.jobs.loaders import configure_jax, Loaders, read_tokenizer
@@ -41,7 +41,7 @@ def make_config(cache, **engine):
                    sampling=SamplingParams(temperature=0.0))
 
 
-def run_job(folder, config, tokenizer=FakeTokenizer, model_fn=lambda source: Model(SHAPE, {}),
+def run_job(folder, config, tokenizer=FakeTokenizer, model_fn=lambda source, mesh: Model(SHAPE, {}),
             module_class=FakeModel):
   if not (folder / "in.jsonl").exists():
     (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
@@ -106,6 +106,15 @@ def test_a_signal_keeps_the_step_and_the_job_goes_on(tmp_path, cache, undisturbe
   assert (first.record.num_done, second.record.num_done) == (0, len(kept))
 
 
+def test_a_job_begun_on_a_mesh_goes_on_on_another(tmp_path, cache, undisturbed, sigterm):
+  with pytest.raises(Interrupted):
+    run_job(tmp_path, make_config(cache, mesh=MeshConfig(4)), StoppingTokenizer)
+  assert run_job(tmp_path, make_config(cache, mesh=MeshConfig(2))).num_outputs == NUM_GOOD
+  assert (tmp_path / "out.jsonl").read_bytes() == (undisturbed / "out.jsonl").read_bytes()
+  runs = report.read_runs(tmp_path / "out.jsonl.job" / report.METRICS_FILE)
+  assert [run.record.num_devices for run in runs] == [4, 2]
+
+
 def test_a_second_signal_acts_as_without_a_job(tmp_path, cache, sigterm):
   class ImpatientTokenizer(StoppingTokenizer):
     num_signals = 2
@@ -153,7 +162,7 @@ def test_rows_are_prepared_once_and_a_finished_job_loads_nothing(tmp_path, cache
     def encode_batch(self, texts, add_special_tokens=True):
       raise AssertionError("tokenized again")
 
-  def broken(source):
+  def broken(source, mesh):
     raise OSError("disk of the weights is away")
 
   with pytest.raises(OSError, match="weights"):
@@ -168,7 +177,7 @@ def test_a_killed_job_that_lacks_only_its_files_writes_them(undisturbed, cache):
   expected = (undisturbed / "out.jsonl").read_bytes()
   (undisturbed / "out.jsonl").unlink()
   finished = run_job(undisturbed, make_config(cache),
-                 model_fn=lambda source: pytest.fail("the model was loaded"))
+                 model_fn=lambda source, mesh: pytest.fail("the model was loaded"))
   assert not finished.was_finished and (undisturbed / "out.jsonl").read_bytes() == expected
 
 

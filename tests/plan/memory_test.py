@@ -7,6 +7,7 @@ import pytest
 
 from batchjax.config import ConfigError
 from batchjax.config import EngineConfig
+from batchjax.config import MeshConfig
 from batchjax.config import ModelConfig
 from batchjax.plan import memory
 from batchjax.plan.cost import CHIPS
@@ -44,6 +45,19 @@ def test_estimate_of_an_8b_model():
   assert estimate.total_bytes == sum(dataclasses.astuple(estimate))
   half = memory.estimate_memory(LLAMA_8B, EngineConfig(max_rows=64, max_step_tokens=512))
   assert half.activation_bytes * 2 == estimate.activation_bytes
+
+
+def test_estimate_of_one_device_of_a_mesh():
+  engine = EngineConfig(max_rows=64, num_pages=100, page_size=16)
+  one = memory.estimate_memory(LLAMA_8B, engine)
+  four, sixteen = (memory.estimate_memory(LLAMA_8B, dataclasses.replace(engine, mesh=MeshConfig(n)))
+                   for n in (4, 16))
+  # All of these sizes divide by 4 and 16 but the 8 KV heads: two devices hold each.
+  assert four.weight_bytes * 4 == one.weight_bytes
+  assert four.kv_bytes * 4 == one.kv_bytes == sixteen.kv_bytes * 8
+  assert four.logits_bytes * 4 == one.logits_bytes == sixteen.logits_bytes * 16
+  with pytest.raises(ConfigError, match="engine.mesh.tensor=3 does not divide the 32 query heads"):
+    memory.settle(LLAMA_8B, dataclasses.replace(engine, mesh=MeshConfig(3)), CHIPS["h100"], None)
 
 
 def _planned(prompts, rows):

@@ -363,19 +363,6 @@ def test_save_refuses_the_config_of_another_model(tmp_path):
   assert not list(tmp_path.iterdir())
 
 
-def test_every_parameter_goes_where_the_sharding_says():
-  mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("x",))
-  seen = []
-
-  def sharding_fn(path):
-    seen.append(path)
-    return jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
-  model = weights.load_model(ModelSource(str(GOLDENS / "llama")), sharding_fn)
-  assert {x.sharding.spec for x in jax.tree.leaves(model.params)} == {
-      jax.sharding.PartitionSpec("x")}
-  assert sorted(seen) == sorted(weights.param_shapes(model.config))
-
-
 @pytest.mark.parametrize("shape", [name for name in models.SHAPES if name.startswith("tiny")])
 def test_the_tree_is_that_of_the_module(shape):
   """The loaders' shapes against those that Flax makes of the model itself."""

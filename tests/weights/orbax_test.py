@@ -47,14 +47,6 @@ def test_restores_straight_into_the_wanted_dtype(tmp_path):
   assert_equal(again.params, jax.tree.map(lambda x: x.astype("bfloat16"), model.params))
 
 
-def test_restores_to_the_given_shardings(tmp_path):
-  weights.save_orbax(str(tmp_path / "m"), golden())
-  mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("x",))
-  sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
-  again = weights.load_model(ModelSource(str(tmp_path / "m")), lambda path: sharding)
-  assert {leaf.sharding for leaf in jax.tree.leaves(again.params)} == {sharding}
-
-
 def test_does_not_overwrite(tmp_path):
   weights.save_orbax(str(tmp_path / "m"), golden())
   with pytest.raises(ValueError, match="already exists"):

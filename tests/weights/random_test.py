@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import jax
 import numpy as np
 import pytest
 
@@ -74,14 +73,6 @@ def test_dtypes_round_the_same_figures():
 def test_an_unknown_shape_is_named():
   with pytest.raises(ConfigError, match="'llama9' is unknown; known: .*'tiny_llama'"):
     weights.load_config(ModelSource(format="random", shape="llama9"))
-
-
-def test_follows_the_sharding():
-  mesh = jax.sharding.Mesh(np.array(jax.devices()[:1]), ("x",))
-  sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("x"))
-  params = random_params(models.SHAPES["tiny_llama"], 0, lambda path: sharding)
-  assert {leaf.sharding for leaf in jax.tree.leaves(params)} == {sharding}
-  np.testing.assert_array_equal(flatten(params)["layers_0/ffn/down"], draw()["layers_0/ffn/down"])
 
 
 def test_flatten_undoes_nest():
