@@ -14,7 +14,7 @@ import numpy as np
 from batchjax.config import ConfigError, MeshConfig, ModelConfig
 from batchjax.models import init_params
 from batchjax.sharding import device_index, spec_of, Split
-from batchjax.weights.tree import flatten, in_first_layer, nest, param_shapes
+from batchjax.weights.tree import flatten, in_first_layer, param_shapes
 
 
 @dataclasses.dataclass(frozen=True)
@@ -60,15 +60,13 @@ class Layout:
       return None
     return NamedSharding(self.mesh, spec_of(self._axes[in_first_layer(path)]))
 
-  def shapes(self) -> dict[str, Any]:
-    """The tree of all parameters as they are stored, shapes in place of arrays."""
-    def shape_of(path):
-      share, sharding = self._share_shapes[path], self.sharding(path)
-      if sharding is not None:
-        share = tuple(size * (self.num_devices if axis else 1)
-                      for size, axis in zip(share, sharding.spec))
-      return jax.ShapeDtypeStruct(share, jnp.dtype(self.config.dtype), sharding=sharding)
-    return nest({path: shape_of(path) for path in self._share_shapes})
+  def shape(self, path: str) -> jax.ShapeDtypeStruct:
+    """Shape, type and sharding of a parameter as it is stored."""
+    share, sharding = self._share_shapes[path], self.sharding(path)
+    if sharding is not None:
+      share = tuple(size * (self.num_devices if axis else 1)
+                    for size, axis in zip(share, sharding.spec))
+    return jax.ShapeDtypeStruct(share, jnp.dtype(self.config.dtype), sharding=sharding)
 
   def put(self, path: str, parameter: np.ndarray) -> jax.Array:
     """A parameter of the whole model, on its devices; the host holds one share of it besides."""
@@ -78,8 +76,7 @@ class Layout:
     # One after the other, else the host would hold the shares of all.
     shares = [jax.block_until_ready(jax.device_put(self.share(path, parameter, i), device))
               for i, device in enumerate(self.mesh.devices.flat)]
-    shape = flatten(self.shapes())[path].shape
-    return jax.make_array_from_single_device_arrays(shape, sharding, shares)
+    return jax.make_array_from_single_device_arrays(self.shape(path).shape, sharding, shares)
 
   def keep(self, path: str, make: Callable[..., jax.Array], *arguments: Any) -> jax.Array:
     """A parameter that every device makes, and of which each keeps its share.
