@@ -101,8 +101,8 @@ class ModelConfig:
     _require(self.num_layers <= 10_000, f"model.num_layers must be at most 10000, got {self.num_layers}")
     if not self.layer_kinds:
       object.__setattr__(self, "layer_kinds", ("global",) * self.num_layers)
-    for name in ("vocab_size", "hidden_size", "ffn_size", "num_layers", "num_heads",
-                 "num_kv_heads", "head_dim", "max_len"):
+    for name in ("vocab_size", "hidden_size", "ffn_size", "num_layers", "num_heads", "num_kv_heads",
+                 "head_dim", "max_len"):
       _require(0 < getattr(self, name) < 2**31,
                f"model.{name} must be positive and below 2**31, got {getattr(self, name)}")
     _require(self.num_heads % self.num_kv_heads == 0,
@@ -133,17 +133,14 @@ class ModelConfig:
     if num_devices == 1:
       return self
     heads, kv_heads = self.num_heads, self.num_kv_heads
-    sizes = [n for n in range(1, heads + 1)
-             if heads % n == 0 and (kv_heads % n == 0 or n % kv_heads == 0)]
+    sizes = [n for n in range(1, heads + 1) if not heads % n and not (kv_heads % n and n % kv_heads)]
     _require(num_devices in sizes,
-             f"engine.mesh.tensor={num_devices} does not divide the {heads} query heads on "
-             f"{kv_heads} KV heads of the model; these sizes would do: "
-             f"{', '.join(map(str, sizes))}")
-    segments = -(-VOCAB_SEGMENTS // num_devices)
+             f"engine.mesh.tensor={num_devices} does not divide the {heads} query heads on {kv_heads} KV "
+             f"heads of the model; these sizes would do: {', '.join(map(str, sizes))}")
+    segments = -(-VOCAB_SEGMENTS // num_devices) * -(-self.vocab_size // VOCAB_SEGMENTS)
     return dataclasses.replace(
         self, num_heads=heads // num_devices, num_kv_heads=max(1, kv_heads // num_devices),
-        ffn_size=-(-self.ffn_size // num_devices),
-        vocab_size=segments * -(-self.vocab_size // VOCAB_SEGMENTS))
+        ffn_size=-(-self.ffn_size // num_devices), vocab_size=segments)
 
   @property
   def num_params(self) -> int:
@@ -159,8 +156,7 @@ class MeshConfig:
   """The devices that share one model.
 
   Attributes:
-    tensor: devices among which heads, feed-forward, vocabulary and KV are split; 0 takes all of
-      this machine.
+    tensor: devices that split heads, feed-forward, vocabulary and KV; 0 takes all of this machine.
   """
 
   tensor: int = 1
@@ -177,11 +173,10 @@ class EngineConfig:
     max_rows: most samples decoded at once.
     max_step_tokens: most tokens of a mixed step.
     page_size: tokens of a KV page.
-    kv_lanes: the last axis of the KV pool is filled up to a multiple of this; the job raises it to
-      the chip's own (`plan.memory.settle`).
+    kv_lanes: the pool's last axis is filled up to a multiple of it; the job raises it to the chip's own.
     num_pages: pages of the KV pool; 0 takes `kv_memory_bytes`.
-    kv_memory_bytes: bytes of the KV pool when `num_pages` is 0; 0 takes what weights and the
-      largest step leave of the device's memory (`plan.memory.settle`), 1 GiB on a CPU.
+    kv_memory_bytes: of the KV pool when `num_pages` is 0; 0 takes what weights and the largest step leave of
+      the device's memory (`plan.memory.settle`), 1 GiB on a CPU.
     max_decode_steps: most iterations of one decode loop.
     lookahead: dispatches in flight before the oldest one's results are read.
     max_levels: most shared tree levels above a row's own KV.
@@ -195,8 +190,7 @@ class EngineConfig:
     compilation_cache_bytes: the steps not used for longest go when it holds more.
     mesh: the devices; sizes and bytes above are those of each of them.
 
-  >>> engine = batchjax.EngineConfig(max_rows=256, kv_memory_bytes=8 << 30)
-  >>> dataclasses.replace(engine, share_prefixes=False).max_rows
+  >>> dataclasses.replace(batchjax.EngineConfig(max_rows=256), share_prefixes=False).max_rows
   256
   """
 
@@ -220,13 +214,12 @@ class EngineConfig:
   mesh: MeshConfig = MeshConfig()
 
   def __post_init__(self):
-    for name in ("max_rows", "max_step_tokens", "page_size", "kv_lanes", "max_decode_steps",
-                 "max_buckets", "plan_window", "max_levels"):
+    for name in ("max_rows", "max_step_tokens", "page_size", "kv_lanes", "max_decode_steps", "max_buckets",
+                 "plan_window", "max_levels"):
       _require(getattr(self, name) > 0, f"engine.{name} must be positive, got {getattr(self, name)}")
     _require(self.lookahead >= 0, f"engine.lookahead must be at least 0, got {self.lookahead}")
-    _require(self.max_step_tokens >= self.max_rows,
-             f"engine.max_step_tokens={self.max_step_tokens} must be at least max_rows={self.max_rows}: "
-             "a mixed step holds one token of every running row")
+    _require(self.max_step_tokens >= self.max_rows, f"engine.max_step_tokens={self.max_step_tokens} must be at "
+             f"least max_rows={self.max_rows}: a mixed step holds one token of every running row")
     _require(self.page_size & (self.page_size - 1) == 0,
              f"engine.page_size={self.page_size} must be a power of two")
     for name in ("num_pages", "kv_memory_bytes"):
@@ -267,9 +260,8 @@ class ModelSource:
     if self.format == "random":
       _require(bool(self.shape), "model.format='random' needs model.shape")
     else:
-      _require(bool(self.path), "model.path is empty: name a Hugging Face folder, a .gguf file, "
-               "an Orbax checkpoint or a name of the Hub (org/name), or set model.format='random' "
-               "and model.shape")
+      _require(bool(self.path), "model.path is empty: name a Hugging Face folder, a .gguf file, an Orbax "
+               "checkpoint or a name of the Hub (org/name), or set model.format='random' and model.shape")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -286,8 +278,7 @@ class RowLimits:
     max_stop_chars: of one stop string.
     max_stop_token_ids: of a row.
     max_logit_bias: biased tokens of a row.
-    max_stop_table_bytes: automata of all stop strings of the job; the rows that do not fit into it
-      are the error rows.
+    max_stop_table_bytes: automata of all stop strings of the job; rows that do not fit are error rows.
     max_template_chars: of the prompt that the chat template makes, and of every value on the way.
     max_template_secs: processor time that the chat template takes.
   """
@@ -346,8 +337,7 @@ def to_config_dict(config: Any) -> ml_collections.ConfigDict:
   >>> batchjax.from_config_dict(batchjax.JobConfig, values).engine.max_rows
   32
   """
-  values = ml_collections.ConfigDict(dataclasses.asdict(config), sort_keys=False,
-                                     convert_dict=True)
+  values = ml_collections.ConfigDict(dataclasses.asdict(config), sort_keys=False, convert_dict=True)
   _hold_places(values, type(config))
   return values
 
@@ -376,16 +366,14 @@ def from_config_dict(cls: type[T], values: Any, where: str = "config") -> T:
   hints = typing.get_type_hints(cls)
   unknown = sorted(set(values) - set(known))
   _require(not unknown, f"{where} has unknown fields {unknown}; known: {sorted(known)}")
-  missing = sorted(name for name, f in known.items() if name not in values
-                   and f.default is dataclasses.MISSING and f.default_factory is dataclasses.MISSING)
+  missing = sorted(name for name, f in known.items()
+                   if name not in values and f.default is f.default_factory is dataclasses.MISSING)
   _require(not missing, f"{where} lacks {missing}")
   fields = {name: _convert(hints[name], values[name], f"{where}.{name}") for name in values}
   try:
     return cls(**fields)
-  except ConfigError:
-    raise
   except ValueError as e:
-    raise ConfigError(f"{where}.{e}") from e
+    raise e if isinstance(e, ConfigError) else ConfigError(f"{where}.{e}") from e
 
 
 def _convert(hint: Any, value: Any, where: str) -> Any:

@@ -64,7 +64,7 @@ def main(args: flags.FlagValues) -> None:
   configure_jax()
   ceilings = roofline.measure_ceilings(config.model.dtype) if args.measure_ceilings else None
   start = time.perf_counter()
-  model = load_model(config.model)
+  model = load_model(config.model, config.engine.mesh)
   jax.block_until_ready(model.params)
   load_secs = time.perf_counter() - start
   workload = draw(model.config.vocab_size)
