@@ -26,8 +26,10 @@ from batchjax.plan.outlook import Dispatch, Outlook
 from batchjax.plan.requests import check_requests
 from batchjax.sharding import make_mesh, replicated, resolve, Split
 from batchjax.types import Completion, Request, StepOutputs, StopTable
-from batchjax.weights import Model
+from batchjax.weights import LoadingModel, Model
 from batchjax.weights.layout import check_placed
+
+LOADING = "loading the model"  # the phase in which nothing else is left to do
 
 
 class StartEvent(NamedTuple):
@@ -71,7 +73,7 @@ class StepEvent(NamedTuple):
   outlook: Callable[[], Outlook]
 
 
-def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = EngineConfig(), *,
+def generate(model: Model | LoadingModel, requests: Iterable[Request], engine: EngineConfig = EngineConfig(), *,
              features: SamplingFeatures | None = None, tokenizer: Any = None,
              stop_table: StopTable | None = None,
              observe: Callable[[Any], None] = lambda event: None,
@@ -80,7 +82,7 @@ def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = E
   """Completes requests, handing each out as soon as it is done.
 
   Args:
-    model: configuration and parameters.
+    model: configuration and parameters; steps compile while a `LoadingModel` loads.
     requests: read `engine.plan_window` at a time.
     engine: limits and sizes.
     features: what sampling has to do; found from the requests when None, which
@@ -117,10 +119,10 @@ def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = E
   if not window:
     return
   device, config = jax.devices()[0], model.config
-  chip, device_bytes = chip_of(device), memory_limit(device, model.params)
+  chip, device_bytes = chip_of(device), memory_limit(device, model.shapes)
   engine = dataclasses.replace(engine, mesh=resolve(engine.mesh))
   engine = memory.settle(config, engine, chip, device_bytes)
-  check_placed(model.params, engine.mesh)
+  check_placed(model.shapes, engine.mesh)
   placement = replicated(make_mesh(engine.mesh))
   if features is None:
     features = SamplingFeatures.of((r.sampling_params for r in window), config.eos_token_ids)
@@ -130,7 +132,7 @@ def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = E
   compiler = compile_lib.StepCompiler(
       module_class(config.of_device(engine.mesh.tensor), engine.page_size, engine.attention,
                    engine.max_levels, Split.of(engine.mesh, config)),
-      model.params, features, stop_table, config, engine, device, compiler_options)
+      model.shapes, features, stop_table, config, engine, device, compiler_options)
   available = compiler.available(memory.num_kv_pages(config, engine))
   plan = _plan(config, window, engine, chip, available=available, is_only_window=is_only_window,
                stop_table=stop_table)
@@ -143,10 +145,12 @@ def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = E
   steps = compiler.compile(jax.eval_shape(make_state), buckets, observe)
   compiled = time.perf_counter()
   startup.check_memory(steps.records, device_bytes)
+  observe(compile_lib.Phase(LOADING))
+  params, loaded = model.params, time.perf_counter()
   observe(compile_lib.Phase("warming up"))
-  state, step_secs = startup.warm_up(steps, buckets, model.params, transitions, make_state(), table,
+  state, step_secs = startup.warm_up(steps, buckets, params, transitions, make_state(), table,
                                      engine.page_size, features, placement)
-  observe(StartEvent(planned - called, compiled - planned, time.perf_counter() - compiled,
+  observe(StartEvent(planned - called, compiled - planned, time.perf_counter() - loaded,
                      step_secs))
 
   def dispatch(batch: Batch, state: EngineState) -> tuple[Bucket, float, StepOutputs, EngineState]:
@@ -162,7 +166,7 @@ def generate(model: Model, requests: Iterable[Request], engine: EngineConfig = E
     count = (np.int32(batch.num_steps),) if batch.kind == "decode" else ()
     arguments = jax.device_put((inputs, *count), placement)
     start = time.perf_counter()
-    results = steps[bucket](model.params, transitions, state, *arguments)
+    results = steps[bucket](params, transitions, state, *arguments)
     return bucket, time.perf_counter() - start, *results
 
   while window:

@@ -1,5 +1,6 @@
 """Opens the files of a model, whoever wrote them: damage is one line with file and remedy."""
 
+import functools
 import json
 import pathlib
 from typing import Any
@@ -62,6 +63,13 @@ def open_gguf(path: pathlib.Path) -> gguf.GGUFReader:
     ConfigError: it is no GGUF file, cut short, or its header contradicts itself.
   """
   check_file(path)
+  status = path.stat()
+  return _read_gguf(path.resolve(), status.st_ino, status.st_size, status.st_mtime_ns)
+
+
+@functools.lru_cache(maxsize=1)  # configuration, tokenizer and weights each ask, and it takes seconds
+def _read_gguf(path: pathlib.Path, *version: int) -> gguf.GGUFReader:
+  del version  # of the file, so that another one at the path is read anew
   try:
     with np.errstate(over="raise"):
       return _GgufReader(path)

@@ -10,15 +10,15 @@ from batchjax.plan.cost import CHIPS, Chip
 
 
 def memory_limit(device: jax.Device, params: Any = None) -> int | None:
-  """Bytes of a device for a job, its share of `params` included; what else lies there is not.
+  """Bytes of a device for a job, its share of `params` (or their shapes) included; what else lies there is not.
 
   None where the device does not say, as on CPUs.
   """
   stats = device.memory_stats() or {}
   if "bytes_limit" not in stats:
     return None
-  ours = sum(math.prod(x.sharding.shard_shape(x.shape)) * x.itemsize if isinstance(x, jax.Array)
-             else x.nbytes for x in jax.tree.leaves(params))
+  share = lambda x: x.sharding.shard_shape(x.shape) if getattr(x, "sharding", None) else x.shape
+  ours = sum(math.prod(share(x)) * x.dtype.itemsize for x in jax.tree.leaves(params))
   return stats["bytes_limit"] - max(0, stats.get("bytes_in_use", 0) - ours)
 
 

@@ -39,6 +39,7 @@ class Loaders:
   tokenizer: Callable[[ModelSource], Tokenizer] = read_tokenizer
   model: Callable[[ModelSource, MeshConfig], weights.Model] = weights.load_model
   module_class: Callable[..., Any] = Transformer
+  shapes: Callable[[ModelConfig, MeshConfig], Any] = weights.stored_shapes
 
   def read(self, source: ModelSource) -> tuple[ModelConfig, Tokenizer]:
     """Configuration and tokenizer; what either takes for the end of a text or turn ends a sample.
@@ -60,6 +61,11 @@ class Loaders:
     model = self.model(source, mesh)
     return dataclasses.replace(model, config=dataclasses.replace(
         model.config, eos_token_ids=config.eos_token_ids))
+
+  def begin(self, source: ModelSource, config: ModelConfig, mesh: MeshConfig) -> weights.LoadingModel:
+    """As `load`, in a thread, so that planning and compiling need not wait."""
+    return weights.LoadingModel(config, lambda: self.shapes(config, mesh),
+                                lambda: self.load(source, config, mesh))
 
 
 def configure_jax() -> jax.Device:

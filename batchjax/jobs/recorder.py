@@ -6,7 +6,7 @@ import pathlib
 
 from batchjax import report
 from batchjax.engine.compile import CompileRecord, Phase
-from batchjax.generation import StartEvent, StepEvent
+from batchjax.generation import LOADING, StartEvent, StepEvent
 from batchjax.io import files
 from batchjax.io.records import RowError
 from batchjax.io.store import StoredRow
@@ -16,7 +16,7 @@ from batchjax.plan.summary import plan_summary
 from batchjax.types import Completion
 
 # Phases of a job before `generate` has its own.
-READING, LOADING = ("loading the tokenizer", "reading rows"), "loading the model"
+READING = "loading the tokenizer", "reading rows"
 
 
 class Recorder:

@@ -27,7 +27,7 @@ from batchjax.jobs import job as job_lib
 from batchjax.jobs import prepare
 from batchjax.jobs.identity import identity
 from batchjax.jobs.loaders import configure_jax, Loaders
-from batchjax.jobs.recorder import LOADING, READING, Recorder
+from batchjax.jobs.recorder import READING, Recorder
 from batchjax.jobs.signals import Stop, stop_on_signal
 from batchjax.plan import planner
 from batchjax.plan.memory import num_kv_pages, settle
@@ -171,8 +171,7 @@ def _complete(job: job_lib.Job, requests: RequestReader, left: np.ndarray,
   engine = config.engine
   stop_table = _stop_table(requests, model_config, tokenizer, config.limits.max_stop_table_bytes)
   device = jax.devices()[0]
-  progress.phase(LOADING)
-  model = loaders.load(config.model, model_config, engine.mesh)
+  model = loaders.begin(config.model, model_config, engine.mesh)
   features = SamplingFeatures.of((r.sampling_params for r in requests),
                                  model.config.eos_token_ids)
   run_record = report.RunRecord(

@@ -1,8 +1,11 @@
 """Models from Hugging Face folders, GGUF files, Orbax checkpoints, or made at random."""
 
+from collections.abc import Callable
+import concurrent.futures
 import dataclasses
 import functools
 import pathlib
+import threading
 from typing import Any
 
 import jax
@@ -13,12 +16,13 @@ from batchjax.sharding import make_mesh
 from batchjax.weights import hf, orbax
 from batchjax.weights.fuse import fuse, unfuse
 from batchjax.weights.gguf import GgufFile
+from batchjax.weights.layout import Layout
 from batchjax.weights.random import random_params
 from batchjax.weights.stored import WeightError
-from batchjax.weights.tree import param_shapes
+from batchjax.weights.tree import nest, param_shapes
 
-__all__ = ("Model", "WeightError", "load_config", "load_hf_config", "load_model", "param_shapes",
-           "save_hf", "save_orbax", "source_format", "stored_dtype")
+__all__ = ("LoadingModel", "Model", "WeightError", "load_config", "load_hf_config", "load_model",
+           "param_shapes", "save_hf", "save_orbax", "source_format", "stored_dtype", "stored_shapes")
 
 
 @functools.partial(jax.tree_util.register_dataclass, data_fields=["params"], meta_fields=["config"])
@@ -38,6 +42,53 @@ class Model:
 
   config: ModelConfig
   params: dict[str, Any]
+
+  @property
+  def shapes(self) -> dict[str, Any]:
+    """Shapes and types in place of the parameters, and how a mesh splits them."""
+    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_split(x)), self.params)
+
+
+def _split(x: Any) -> jax.sharding.Sharding | None:
+  sharding = getattr(x, "sharding", None)
+  return sharding if sharding and len(sharding.device_set) > 1 else None
+
+
+class LoadingModel:
+  """A model on the way to its devices: steps can be compiled for its `shapes` meanwhile.
+
+  Attributes:
+    config: as of `Model`.
+  """
+
+  def __init__(self, config: ModelConfig, shapes_fn: Callable[[], Any], load: Callable[[], Model]):
+    """Begins to load it, in a thread.
+
+    Args:
+      config: as of `Model`.
+      shapes_fn: what `shapes` of the model will be.
+      load: loads it.
+    """
+    self.config, self._shapes_fn = config, shapes_fn
+    self._model: concurrent.futures.Future[Model] = concurrent.futures.Future()
+    # A daemon, so that a process that is told to stop does not wait for weights.
+    threading.Thread(target=self._load, args=(load,), daemon=True).start()
+
+  def _load(self, load: Callable[[], Model]) -> None:
+    try:
+      self._model.set_result(load())
+    except BaseException as error:  # raised where the parameters are asked for
+      self._model.set_exception(error)
+
+  @functools.cached_property
+  def shapes(self) -> dict[str, Any]:
+    """As of `Model`."""
+    return self._shapes_fn()
+
+  @property
+  def params(self) -> dict[str, Any]:
+    """As of `Model`, once they are there; raises what loading them raised."""
+    return self._model.result().params
 
 
 def source_format(source: ModelSource) -> str:
@@ -110,6 +161,12 @@ def stored_dtype(source: ModelSource) -> str:
     case "orbax":
       return orbax.read_config(hub.local_path(source.path)).dtype
   return "float32"
+
+
+def stored_shapes(config: ModelConfig, mesh: MeshConfig = MeshConfig()) -> dict[str, Any]:
+  """The `Model.shapes` of what `load_model` loads."""
+  layout = Layout(config, make_mesh(mesh))
+  return nest({path: layout.shape(path) for path in param_shapes(config)})
 
 
 def load_model(source: ModelSource, mesh: MeshConfig = MeshConfig()) -> Model:

@@ -57,7 +57,7 @@ def config(cache_dir: str = "", **engine) -> JobConfig:
 def fake_loaders(tokenizer=FakeTokenizer, model_fn=None) -> Loaders:
   """Loads the fake model, whose end token is 0."""
   return Loaders(config=lambda source: _SHAPE, tokenizer=lambda source: tokenizer(),
-                        model=model_fn or (lambda source, mesh: Model(_SHAPE, {})),
+                        model=model_fn or (lambda source, mesh: Model(_SHAPE, {})), shapes=lambda config, mesh: {},
                         module_class=FakeModel)
 
 

@@ -64,6 +64,7 @@ class _NoRecorder:
 def _no_engine(stop_after=None):
 
   def generate(model, requests, engine, **_):
+    model.params  # which loading it may have failed to bring
     for number, request in enumerate(requests):
       if number == stop_after:
         raise Interrupted

@@ -26,7 +26,7 @@ class Tokenizer(FakeTokenizer):
 
 
 LOADERS = Loaders(lambda source: SHAPE, lambda source: Tokenizer(),
-                  lambda source, mesh: Model(SHAPE, {}), FakeModel)
+                  lambda source, mesh: Model(SHAPE, {}), FakeModel, lambda config, mesh: {})
 
 
 @pytest.fixture

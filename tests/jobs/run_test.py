@@ -47,7 +47,7 @@ def run_job(folder, config, tokenizer=FakeTokenizer, model_fn=lambda source, mes
     (folder / "in.jsonl").write_text("".join(json.dumps(row) + "\n" for row in ROWS))
   return run(config, str(folder / "in.jsonl"), str(folder / "out.jsonl"), quiet=True,
              loaders=Loaders(lambda source: SHAPE, lambda source: tokenizer(), model_fn,
-                             module_class))
+                             module_class, lambda config, mesh: {}))
 
 
 def read(path):

@@ -2,7 +2,9 @@
 
 import dataclasses
 import pathlib
+import threading
 
+import jax
 import numpy as np
 import pytest
 
@@ -95,3 +97,28 @@ def test_a_model_on_a_mesh_is_not_saved(tmp_path):
     with pytest.raises(ConfigError, match="laid out for engine.mesh.tensor=2, not 1.*on one device"):
       save()
   assert not (tmp_path / "m").exists()
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_shapes_are_known_before_the_parameters_are(num_devices):
+  mesh = MeshConfig(num_devices)
+  source = ModelSource(format="random", shape="tiny_qwen2", dtype="bfloat16")
+  config, may_load = weights.load_config(source), threading.Event()
+  model = weights.LoadingModel(config, lambda: weights.stored_shapes(config, mesh),
+                       lambda: may_load.wait() and weights.load_model(source, mesh))
+  shapes = model.shapes
+  may_load.set()
+  loaded = weights.load_model(source, mesh)
+  assert jax.tree.leaves(shapes) == jax.tree.leaves(loaded.shapes)
+  assert jax.tree.structure(shapes) == jax.tree.structure(model.params)
+  jax.tree.map(np.testing.assert_array_equal, model.params, loaded.params)
+
+
+def test_what_loading_raises_comes_with_the_parameters():
+  def fail():
+    raise weights.WeightError("a tensor is missing")
+
+  model = weights.LoadingModel(models.SHAPES["tiny_llama"], lambda: {}, fail)
+  assert model.shapes == {}
+  with pytest.raises(weights.WeightError, match="missing"):
+    _ = model.params
