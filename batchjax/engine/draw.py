@@ -123,12 +123,12 @@ def draw(logits: Array, inputs: SamplingInputs, positions: Array, features: Samp
   above_first, above_second = _above(weights, first), _above(weights, second)
   above = jnp.maximum(above_first, above_second)
   sums, sums_of_both = weights.sums(above, jnp.minimum(above_first, above_second))
-  mass_above, mass_above_both = sum_tree(sums, split)[1], sum_tree(sums_of_both, split)[1]
+  (tree_above, mass_above), (_, mass_above_both) = sum_tree(sums, split), sum_tree(sums_of_both, split)
   inside = lambda its: _is_inside(jnp.where(its == above, mass_above, mass_above_both), nucleus_mass)
   is_first = (inputs.top_p >= 1) | inside(above_first)
   accepted = is_first | inside(above_second)
   attempts = jnp.full(highest.shape, 2, jnp.int32)
-  again = _descend(weights, sum_tree(sums, split)[0], above, row_keys, attempts)
+  again = _descend(weights, tree_above, above, row_keys, attempts)
   tokens = jnp.where(is_first, first, jnp.where(accepted, second, again))
 
   def for_some(num_some, carry):

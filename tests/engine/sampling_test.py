@@ -220,13 +220,14 @@ def test_draws_and_sums_are_independent_of_the_number_of_devices(num_devices):
   features = SamplingFeatures.of(rows, EOS)
   inputs = pack_sampling(rows, [0] * num_rows, features, EOS, None, num_rows)
   positions = jnp.arange(num_rows) + 100
-  prompt = jnp.asarray(rng.integers(-1, vocab_size, (num_rows, 6)))
+  prompt = rng.integers(0, vocab_size, (num_rows, 6))
+  known = list(pack_admissions([admission(i, prompt[i], prompt[i]) for i in range(num_rows)], num_rows))
 
   def run(logits, split):
     state = sampling.PenaltyState.create(num_rows, logits.shape[1], features)
-    state = jax.lax.fori_loop(0, num_rows, lambda i, state: sampling.admit(
-        state, i, prompt[i], prompt[i], split), state)
-    state = sampling.count(state, jnp.arange(num_rows), prompt[:, 0], split)
+    for arrays in known:
+      state = sampling.admit(state, *arrays, split)
+    state = sampling.count(state, jnp.arange(num_rows), jnp.asarray(prompt[:, 0]), split)
     tokens, is_finite = sampling.sample(logits, inputs, positions, positions, features, state,
                                         jnp.arange(num_rows), split)
     return tokens, is_finite, *sampling.token_logprobs(logits, tokens, 20, split)
