@@ -57,15 +57,13 @@ class ModelConfig:
     sliding_window: a local layer's token sees itself and the window-1 tokens before.
     rope_local_theta: rope base of local layers, where it differs (Gemma 3).
     norm_plus_one: RMSNorm multiplies by 1 + weight (Gemma).
-    post_norms: norms after attention and feed-forward too (Gemma 2 and 3).
-    embed_scale: multiplies token embeddings (Gemma: sqrt of hidden_size).
+    post_norms, embed_scale: norms after attention and feed-forward too, factor of embeddings (Gemma).
     query_scale: multiplies q before the dot product; None is head_dim ** -0.5.
     eos_token_ids: tokens that end a sample unless `ignore_eos`.
     dtype: of parameters, activations and KV: "float32", "bfloat16" or "float16".
 
-  >>> config = batchjax.SHAPES["llama3_8b"]
-  >>> config.num_layers, f"{config.num_params:,}"
-  (32, '8,029,995,008')
+  >>> f'{batchjax.SHAPES["llama3_8b"].num_params:,}'
+  '8,029,995,008'
   """
 
   family: str
@@ -157,6 +155,9 @@ class MeshConfig:
 
   Attributes:
     tensor: devices that split heads, feed-forward, vocabulary and KV; 0 takes all of this machine.
+
+  >>> batchjax.EngineConfig(mesh=batchjax.MeshConfig(tensor=4)).mesh
+  MeshConfig(tensor=4)
   """
 
   tensor: int = 1
@@ -220,8 +221,7 @@ class EngineConfig:
     _require(self.lookahead >= 0, f"engine.lookahead must be at least 0, got {self.lookahead}")
     _require(self.max_step_tokens >= self.max_rows, f"engine.max_step_tokens={self.max_step_tokens} must be at "
              f"least max_rows={self.max_rows}: a mixed step holds one token of every running row")
-    _require(self.page_size & (self.page_size - 1) == 0,
-             f"engine.page_size={self.page_size} must be a power of two")
+    _require(not self.page_size & (self.page_size - 1), f"engine.page_size={self.page_size} must be a power of two")
     for name in ("num_pages", "kv_memory_bytes"):
       _require(getattr(self, name) >= 0, f"engine.{name} must be at least 0, got {getattr(self, name)}")
 
