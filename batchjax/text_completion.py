@@ -10,6 +10,7 @@ import numpy as np
 from rich.console import Console
 from rich.progress import track
 
+from batchjax import hub
 from batchjax.config import ConfigError, EngineConfig, from_config_dict, JobConfig, ModelSource
 from batchjax.engine.device import chip_of, memory_limit
 from batchjax.generation import generate
@@ -96,7 +97,7 @@ def load(path: str | os.PathLike = "", **fields: Any) -> Loaded:
   """Loads a model and its tokenizer onto the default device.
 
   Args:
-    path: a Hugging Face folder, a .gguf file or an Orbax checkpoint.
+    path: a Hugging Face folder, a .gguf file, an Orbax checkpoint, or a name of the Hub: org/name.
     **fields: further fields of `ModelSource`, as `dtype="bfloat16"` or `tokenizer="folder"`.
 
   Raises:
@@ -107,7 +108,7 @@ def load(path: str | os.PathLike = "", **fields: Any) -> Loaded:
   'The end'
   """
   source = from_config_dict(ModelSource, {"path": os.fspath(path), **fields}, "load")
-  loaders = Loaders()
+  source, loaders = hub.pin(source), Loaders()  # both parts of one commit
   config, tokenizer = loaders.read(source)
   return Loaded(loaders.load(source, config), tokenizer)
 
