@@ -142,9 +142,9 @@ def _fill(x: Any, axis: int, multiple: int) -> Any:
 
 
 def check_placed(params: Any, mesh: MeshConfig, remedy: str = "load it with that mesh") -> None:
-  """Raises ConfigError where parameters lie on another number of devices than `mesh` has."""
-  found = max((len(x.sharding.device_set) for x in jax.tree.leaves(params)
-               if getattr(x, "sharding", None)), default=mesh.tensor)
+  """Raises ConfigError where parameters, or their shapes, are of another number of devices than `mesh`."""
+  count = lambda x: len(x.sharding.device_set) if getattr(x, "sharding", None) else 1
+  found = max(map(count, jax.tree.leaves(params)), default=mesh.tensor)
   if found != mesh.tensor:
     raise ConfigError(
         f"the model is laid out for engine.mesh.tensor={found}, not {mesh.tensor}: {remedy}")

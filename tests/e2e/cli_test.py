@@ -55,7 +55,8 @@ def test_run_writes_completions_errors_and_a_report(done):
 def test_progress_off_a_terminal_is_plain_lines_on_standard_error(done):
   lines = [line.split("  ", 1)[1] for line in done[2].stderr.splitlines()
            if re.match(r"\d:\d\d:\d\d  ", line)]
-  assert lines[:4] == ["loading the tokenizer", "reading rows", "loading the model", "planning"]
+  assert lines[:3] == ["loading the tokenizer", "reading rows", "planning"]
+  assert lines.index("loading the model") > 3, "what is left to wait for when all steps are compiled"
   assert lines[-1].startswith("4/4 requests; done in 0:")
   assert "Traceback" not in done[2].stderr
 
