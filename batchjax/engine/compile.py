@@ -20,6 +20,7 @@ from batchjax.engine.sampling_inputs import SamplingFeatures, SamplingTable
 from batchjax.plan.buckets import Bucket
 from batchjax.sharding import devices_of, jit, make_mesh, spec_of, specs_of
 from batchjax.types import SamplingInputs, Segments, StepInputs, StopTable
+from batchjax.weights.tree import shapes_of
 
 
 COMPILER_OPTIONS = {
@@ -130,8 +131,8 @@ class StepCompiler:
     self._devices = [device] if self._mesh is None else devices_of(self._mesh)
     device = self._devices[0]
     self._state_specs = step.state_specs(config.num_layers, features)
-    self._params = step_cache.shapes_of(params)
-    self._transitions = step_cache.shapes_of(None if stop_table is None else stop_table.transitions)
+    self._params = shapes_of(params)
+    self._transitions = shapes_of(None if stop_table is None else stop_table.transitions)
     self._sampling = SamplingTable(1, features, config.eos_token_ids).rows
     self._max_decode_steps = engine.max_decode_steps
     self._options = (COMPILER_OPTIONS.get(device.platform) if compiler_options is None

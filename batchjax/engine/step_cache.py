@@ -220,13 +220,6 @@ def base_key(module: Any, device: jax.Device, **parts: Any) -> str:
   return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
-def shapes_of(tree: Any) -> Any:
-  """A tree with shapes and types in place of its arrays."""
-  def shape(x):
-    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=getattr(x, "sharding", None))
-  return jax.tree.map(shape, tree)
-
-
 @functools.cache
 def _sources(*others: str | None) -> str:
   """A digest of the program text of our packages, and of other files."""

@@ -32,7 +32,6 @@ from batchjax.jobs.signals import Stop, stop_on_signal
 from batchjax.plan import planner
 from batchjax.plan.memory import num_kv_pages, settle
 from batchjax.sharding import resolve
-from batchjax.text.stop import build_stop_table
 from batchjax.text.tokenizer import Tokenizer
 from batchjax.types import Completion, Request, StopTable
 
@@ -159,8 +158,7 @@ def _stop_table(requests: RequestReader, model: ModelConfig, tokenizer: Tokenize
   stops = prepare.stop_strings(requests)
   if not stops:
     return None
-  return build_stop_table(stops, [tokenizer.token_bytes(i) for i in range(model.vocab_size)],
-                          max_bytes)
+  return tokenizer.stop_table(stops, model.vocab_size, max_bytes)
 
 
 def _complete(job: job_lib.Job, requests: RequestReader, left: np.ndarray,
@@ -169,9 +167,9 @@ def _complete(job: job_lib.Job, requests: RequestReader, left: np.ndarray,
               num_done: int) -> None:
   """Runs the requests at positions `left` and journals each as it is done."""
   engine = config.engine
+  model = loaders.begin(config.model, model_config, engine.mesh)
   stop_table = _stop_table(requests, model_config, tokenizer, config.limits.max_stop_table_bytes)
   device = jax.devices()[0]
-  model = loaders.begin(config.model, model_config, engine.mesh)
   features = SamplingFeatures.of((r.sampling_params for r in requests),
                                  model.config.eos_token_ids)
   run_record = report.RunRecord(

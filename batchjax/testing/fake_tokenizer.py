@@ -2,6 +2,8 @@
 
 from collections.abc import Iterable, Mapping, Sequence
 
+from batchjax.text.tokenizer import Tokenizer
+
 _CHARS = [chr(code) for code in range(32, 127)] + ["\n"]
 
 
@@ -33,6 +35,8 @@ class FakeTokenizer:
   def encode_chat(self, texts: Sequence[str]) -> list[list[int]]:
     """The same of what a template wrote."""
     return self.encode_batch(texts, add_special_tokens=False)
+
+  stop_table = Tokenizer.stop_table  # needs `token_bytes` alone
 
   def token_bytes(self, token_id: int) -> bytes:
     """The character's byte; nothing for the end token."""

@@ -19,7 +19,7 @@ from batchjax.weights.gguf import GgufFile
 from batchjax.weights.layout import Layout
 from batchjax.weights.random import random_params
 from batchjax.weights.stored import WeightError
-from batchjax.weights.tree import nest, param_shapes
+from batchjax.weights.tree import nest, param_shapes, shapes_of
 
 __all__ = ("LoadingModel", "Model", "WeightError", "load_config", "load_hf_config", "load_model",
            "param_shapes", "save_hf", "save_orbax", "source_format", "stored_dtype", "stored_shapes")
@@ -46,12 +46,7 @@ class Model:
   @property
   def shapes(self) -> dict[str, Any]:
     """Shapes and types in place of the parameters, and how a mesh splits them."""
-    return jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=_split(x)), self.params)
-
-
-def _split(x: Any) -> jax.sharding.Sharding | None:
-  sharding = getattr(x, "sharding", None)
-  return sharding if sharding and len(sharding.device_set) > 1 else None
+    return shapes_of(self.params)
 
 
 class LoadingModel:

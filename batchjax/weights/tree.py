@@ -54,3 +54,12 @@ def flatten(params: Mapping[str, Any]) -> dict[str, Any]:
   """The inverse of `nest`."""
   leaves, _ = jax.tree_util.tree_flatten_with_path(params["params"])
   return {"/".join(key.key for key in keys): leaf for keys, leaf in leaves}
+
+
+def shapes_of(tree: Any) -> Any:
+  """A tree with shapes and types in place of its arrays, and how a mesh splits them."""
+  def shape(x):
+    sharding = getattr(x, "sharding", None)
+    is_split = sharding is not None and len(sharding.device_set) > 1
+    return jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=sharding if is_split else None)
+  return jax.tree.map(shape, tree)
